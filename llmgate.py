@@ -1,0 +1,2159 @@
+"""llmgate: user accounts, API keys and token quotas in front of a vLLM server.
+
+    python llmgate.py                    serve on http://127.0.0.1:8000
+    python llmgate.py create-user NAME   make an account, print its API key
+    python llmgate.py --help             all commands; README.md has the settings
+
+client -> waitress thread -> API key -> reserve the worst case -> vLLM
+   ^                                                                |
+   +---- bytes as they arrive <--- relay <--- meter <---------------+ at the end: book its count
+
+A watcher thread looks after running relays. Each part of the file uses only the parts above it.
+"""
+
+# waitress has no types: what comes from it is Any.
+# mypy: disable-error-code="import-untyped, misc"
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging.handlers
+import os
+import re
+import resource
+import secrets
+import signal
+import socket
+import string
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, ClassVar, ParamSpec, TypeVar, cast
+from urllib.parse import quote
+
+import bcrypt
+import click
+import jwt
+import requests
+import sqlalchemy as sa
+import urllib3
+import waitress.channel
+import waitress.server
+import waitress.task
+from dotenv import dotenv_values
+from flask import Blueprint, Flask, Response, current_app, g, request
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError
+from werkzeug.exceptions import HTTPException
+
+JSONObject = dict[str, Any]
+Execute = Callable[..., Any]  # (sql with :names, {name: value}) -> the driver's cursor
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LEASE_S = 20  # a pending row whose gate has not renewed it for so long is taken for dead
+UPKEEP_S = 5  # between two rounds of checkpoints, leases and recovery
+LAST_WORDS_S = 0.5  # how long vLLM may take to notice that its caller has gone
+DB_TIMEOUT_S = 5  # waiting for the database's write lock
+CONNECT_TIMEOUT_S = 2
+KEEP_ALIVE_S = 2  # vLLM closes a connection that is idle for 5.0 s; older ones are not used again
+MODELS_TTL_S = 10  # age at which a list of models is fetched anew
+MAX_EVENT_BYTES, MAX_ANSWER_BYTES = 4 << 20, 256 << 20
+MAX_BIGINT = 2**63 - 1
+MAX_COUNTED_PROMPTS = 64  # calls of /tokenize for one list of prompts
+TEMPLATE_TOKENS = 256  # what a chat template may add beyond the bytes of the JSON around it
+UNKNOWN_CONTEXT = 131072  # tokens, for a model whose server does not tell
+LOCAL_PORTS = (8001, 11434, 8080, 1234, 30000)  # vLLM, Ollama, llama.cpp, LM Studio, SGLang
+SECRET_FILE = "llmgate.secret"
+
+log = logging.getLogger("llmgate")
+
+
+# ---- 1 Settings -----------------------------------------------------------------------------------
+# The environment, read once. What cannot be right stops the start with one line that names the
+# variable, and never shows its value: it may be a secret in the wrong place.
+
+
+class SettingsError(Exception):
+    """One line for the operator: which variable is wrong, and what it must be."""
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """A parser of whole numbers within bounds."""
+
+    def parse(value: str) -> int:
+        if not re.fullmatch("[0-9]{1,19}", value) or not least <= int(value) <= most:
+            raise ValueError(f"a whole number from {least} to {most}")
+        return int(value)
+
+    return parse
+
+
+def _word(*words: str) -> Callable[[str], str]:
+    """A parser of one of some words."""
+
+    def parse(value: str) -> str:
+        if value.lower() not in words:
+            raise ValueError(" or ".join(filter(None, words)))
+        return value.lower()
+
+    return parse
+
+
+def _list(value: str) -> tuple[str, ...]:
+    """The parts between commas, without empty ones."""
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _endpoints(value: str) -> tuple[str, ...]:
+    """Base URLs without a trailing /v1."""
+    urls = tuple(url.rstrip("/").removesuffix("/v1") for url in _list(value))
+    for url in urls:
+        if not re.fullmatch(r"https?://[^/?#@\s:]+(:\d{1,5})?(/[^?#\s]*)?|https?://\[.*", url):
+            raise ValueError("a URL like http://127.0.0.1:8001, or several with commas between")
+    return urls
+
+
+def _aliases(value: str) -> dict[str, str]:
+    """{alias: model}; an empty model means the first one that vLLM serves."""
+    if not all(re.fullmatch("[^=]+=[^=]*", pair) for pair in _list(value)):
+        raise ValueError("a list like alias=model,other=model")
+    pairs = (pair.split("=") for pair in _list(value))
+    return {alias.strip(): model.strip() for alias, model in pairs}
+
+
+def _database_url(value: str) -> str:
+    """An SQLAlchemy URL; a relative SQLite path means the current directory."""
+    driver, _, rest = value.partition("://")
+    if driver == "sqlite" and rest.strip("/"):
+        return f"sqlite:///{Path(rest.removeprefix('/')).absolute()}"
+    if driver != "postgresql+psycopg" or not rest:
+        raise ValueError("sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/NAME")
+    return value
+
+
+def _secret(value: str) -> str:
+    """32 bytes or more, or none."""
+    if 0 < len(value.encode()) < 32:
+        raise ValueError("32 bytes or more; make one with: openssl rand -hex 32")
+    return value
+
+
+def _setting(default: str, parse: Callable[[str], Any] = str) -> Any:
+    """A field of Settings: its variable's default, and the parser that says what it must be."""
+    return field(metadata={"default": default, "parse": parse})
+
+
+COUNT = _whole(1, MAX_BIGINT)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings; each field is read from the variable of its name in upper case."""
+
+    vllm_endpoint: tuple[str, ...] = _setting("", _endpoints)  # without /v1; (): the local ports
+    vllm_api_key: str = _setting("")  # the gate's own key for vLLM
+    host: str = _setting("127.0.0.1")
+    port: int = _setting("8000", _whole(0, 65535))  # 0: the kernel chooses
+    database_url: str = _setting("sqlite:///llmgate.db", _database_url)
+    jwt_secret_key: str = _setting("", _secret)  # empty: the file llmgate.secret
+    jwt_expiration_hours: int = _setting("24", _whole(1, 87600))
+    default_token_limit: int = _setting("1000000", COUNT)
+    max_token_limit: int = _setting("100000000", COUNT)
+    registration: str = _setting("", _word("", "open", "closed", "invite"))
+    registration_token: str = _setting("")
+    model_aliases: dict[str, str] = _setting("llm-user-managed=", _aliases)
+    log_file: str = _setting("server.log")  # "-": standard error only
+    threads: int = _setting("544", _whole(4, 10000))  # a running relay holds one
+    max_requests_per_user: int = _setting("16", COUNT)  # relays at a time
+    upstream_timeout: int = _setting("600", _whole(1, 86400))  # seconds without a byte from vLLM
+    max_body_mb: int = _setting("32", _whole(1, 1024))
+    trusted_proxy: str = _setting("")  # address whose X-Forwarded-* headers count
+    opencode_discovery: str = _setting("on", _word("on", "off"))
+    allowed_hosts: tuple[str, ...] = _setting("", _list)  # names accepted in Host; (): any
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Settings:
+        """Settings from variables; SettingsError names the first one that cannot be right."""
+        values = {}
+        for item in fields(cls):
+            name, rule = item.name.upper(), item.metadata
+            try:
+                values[item.name] = rule["parse"](env.get(name, "").strip() or rule["default"])
+            except ValueError as error:
+                raise SettingsError(f"{name} must be {error}") from None
+        settings = cls(**values)
+        if settings.registration == "invite" and not settings.registration_token:
+            raise SettingsError("REGISTRATION_TOKEN must be set when REGISTRATION is invite")
+        if settings.database_url.startswith("postgresql") and not settings.jwt_secret_key:
+            raise SettingsError("JWT_SECRET_KEY must be set beside PostgreSQL, alike for all gates")
+        if settings.default_token_limit > settings.max_token_limit:
+            raise SettingsError("DEFAULT_TOKEN_LIMIT must be MAX_TOKEN_LIMIT or less")
+        local = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
+        names = ("localhost", "127.0.0.1", "[::1]", settings.host) if local else ()
+        registration = settings.registration or ("open" if local else "closed")
+        hosts = settings.allowed_hosts or names
+        return replace(settings, registration=registration, allowed_hosts=hosts)
+
+
+# ---- 2 Errors -------------------------------------------------------------------------------------
+# One exception and one shape, OpenAI's: {"error": {"message", "type", "param", "code"}}. No text
+# holds "token limit exceeded", "too many tokens" or "exceeds the limit of": OpenCode takes these for
+# a full context window, and starts to compact.
+
+ERRORS = {  # code: (status, Retry-After in seconds or None, message)
+    "invalid_value": (400, None, "{param} must be {must_be}."),
+    "invalid_json": (400, None, "The body must be a JSON object, and valid JSON."),
+    "unsupported_value": (400, None, "This gate does not accept {param}."),
+    "bad_request": (400, None, "This is not a request that the gate can read."),
+    "missing_api_key": (401, None, "Send the header 'Authorization: Bearer KEY'."),
+    "invalid_api_key": (401, None, "This API key is not valid; GET /users/me shows the right one."),
+    "invalid_token": (401, None, "This JWT is not valid; log in again at /auth/token."),
+    "token_expired": (401, None, "This JWT has expired; log in again at /auth/token."),
+    "invalid_credentials": (401, None, "Wrong username or password."),
+    "registration_closed": (403, None, "Registration is closed; ask the operator for an account."),
+    "account_disabled": (403, None, "This account is disabled; ask the operator."),
+    "not_found": (404, None, "There is nothing at this path; the README lists the routes."),
+    "model_not_found": (404, None, "No model {model!r} here; GET /v1/models lists them."),
+    "key_not_found": (404, None, "No such key; GET /users/me/keys lists yours."),
+    "method_not_allowed": (405, None, "This path takes other methods; see the header Allow."),
+    "username_taken": (409, None, "This username is taken; choose another."),
+    "request_too_large": (413, None, "The body is larger than this gate accepts."),
+    "unsupported_media_type": (415, None, "Send the header 'Content-Type: application/json'."),
+    "rate_limit_exceeded": (429, 1, "{why}; try again later."),
+    "quota_reserved": (429, 1, "Running requests hold the rest of the quota; try again soon."),
+    "insufficient_quota": (429, None, "Quota used up: {used} of {limit} tokens, and this request "
+                           "needs about {needed}. Ask the operator to raise it."),
+    "headers_too_large": (431, None, "The headers are larger than this gate accepts."),
+    "internal_error": (500, None, "The gate failed; its log says why."),
+    "upstream_unavailable": (502, None, "vLLM is not running: start it with 'vllm serve MODEL', or "
+                             "ask the operator to look at VLLM_ENDPOINT. The gate needs no restart."),
+    "upstream_error": (502, None, "vLLM failed: {why}."),
+    "database_unavailable": (503, 1, "The gate's database does not answer; try again."),
+    "overloaded": (503, 2, "All places of the gate are taken; try again in a moment."),
+    "draining": (503, 5, "The gate is restarting; try again in a moment."),
+    "upstream_timeout": (504, None, "vLLM was silent for too long."),
+}  # fmt: skip
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+CODES |= {431: "headers_too_large"}  # statuses that Flask and waitress answer by themselves
+
+
+class APIError(Exception):
+    """An answer that is an error: its code's line of ERRORS, and the values for the message."""
+
+    def __init__(self, code: str, param: str | None = None, **values: object) -> None:
+        self.code, self.param = code, param
+        self.status, retry_after, message = ERRORS[code]
+        super().__init__(message.format(param=param, **values))
+        self.type = "server_error" if self.status >= 500 else "invalid_request_error"
+        self.type = TYPES.get(self.status, self.type)
+        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
+        if self.status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+        if code == "insufficient_quota":  # OpenCode tries five times more, but without a pause
+            self.type = code
+            self.headers |= {"x-should-retry": "false", "retry-after-ms": "1"}
+
+    def body(self) -> bytes:
+        """OpenAI's error object as JSON."""
+        error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+
+def show_error(error: Exception) -> Response:
+    """Any exception in the contract's shape; the unforeseen is logged, and a 500."""
+    shown = error if isinstance(error, APIError) else APIError("internal_error")
+    if isinstance(error, HTTPException):
+        shown = APIError(CODES.get(error.code or 0, "bad_request"))
+        shown.headers |= {k: v for k, v in error.get_headers() if k == "Allow"}
+    elif isinstance(error, gate().ledger.errors):
+        shown = APIError("database_unavailable")
+    if not isinstance(error, (APIError, HTTPException)):
+        log.error("%s: %s", g.request_id, type(error).__name__, exc_info=error)
+    return Response(shown.body(), shown.status, shown.headers, content_type="application/json")
+
+
+# ---- 3 Database -----------------------------------------------------------------------------------
+# schema.sql makes the tables. The ORM is for accounts; counters move only in part 5, in short
+# transactions on the driver's own cursor, which costs a tenth.
+
+
+class Base(DeclarativeBase):
+    """The models of the accounts; a test compares them with schema.sql."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {str: sa.Text, int: sa.BigInteger}
+
+
+class User(Base):
+    """A person or agent with a quota."""
+
+    __tablename__ = "users"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    username: Mapped[str]
+    password_hash: Mapped[str]
+    token_limit: Mapped[int]
+    tokens_used: Mapped[int] = mapped_column(server_default="0")
+    tokens_reserved: Mapped[int] = mapped_column(server_default="0")
+    jwt_version: Mapped[int] = mapped_column(server_default="1")
+    disabled_at: Mapped[int | None]
+    created_at: Mapped[int]
+    __table_args__ = (
+        sa.CheckConstraint("token_limit > 0", "users_token_limit_positive"),
+        sa.CheckConstraint("tokens_used >= 0", "users_tokens_used_not_negative"),
+        sa.CheckConstraint("tokens_reserved >= 0", "users_tokens_reserved_not_negative"),
+        sa.Index("users_username", sa.text("lower(username)"), unique=True),
+    )
+
+
+class ApiKey(Base):
+    """One API key of a user, without the key itself: see Keyring."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    user_id: Mapped[int] = mapped_column(sa.Integer, sa.ForeignKey("users.id"))
+    name: Mapped[str]
+    nonce: Mapped[str]
+    key_hash: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[int]
+    last_used_at: Mapped[int | None]
+    revoked_at: Mapped[int | None]
+    __table_args__ = (sa.Index("api_keys_user_id", "user_id"),)
+
+
+db = SQLAlchemy()
+
+
+def create_tables(engine: sa.Engine) -> None:
+    """Runs schema.sql through the driver: split at ";" it would break on its comments."""
+    ddl = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+    connection = engine.raw_connection()
+    if engine.dialect.name == "sqlite":
+        cast(Any, connection).executescript("PRAGMA journal_mode = WAL;" + ddl)
+    else:  # SQLite counts an INTEGER PRIMARY KEY by itself; two gates may start at once
+        identity = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
+        ddl = ddl.replace("INTEGER PRIMARY KEY NOT NULL", identity)
+        connection.cursor().execute("SELECT pg_advisory_xact_lock(7435623);" + ddl)
+    connection.commit()
+    connection.close()
+
+
+@lru_cache
+def _pyformat(sql: str) -> str:
+    """:name parameters as psycopg writes them."""
+    return re.sub(r":(\w+)", r"%(\1)s", sql)
+
+
+class Ledger:
+    """Short transactions; on SQLite the writers of this process take turns under a lock."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine, self.sqlite = engine, engine.dialect.name == "sqlite"
+        self.errors = (cast(Any, engine.dialect).dbapi.Error, sa.exc.SQLAlchemyError)
+        self.for_update = "" if self.sqlite else " FOR UPDATE"
+        self._turn = threading.Lock()
+        if self.sqlite:  # every transaction locks at its begin: a later upgrade would just fail
+            pragmas = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;"
+            sa.event.listen(engine, "connect", lambda made, _: made.executescript(pragmas))
+            sa.event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """503 `database_unavailable` when the turn does not come."""
+        if self.sqlite and not self._turn.acquire(timeout=DB_TIMEOUT_S):
+            raise APIError("database_unavailable")
+        try:
+            yield
+        finally:
+            if self.sqlite:
+                self._turn.release()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Execute]:
+        """A write transaction on the driver's cursor: `execute(sql, {name: value})`."""
+        with self._in_turn(), self._cursor() as (connection, execute):
+            if self.sqlite:
+                execute("BEGIN IMMEDIATE")
+            yield execute
+            connection.commit()
+
+    def query(self, sql: str, **values: object) -> list[Any]:
+        """The rows of one SELECT, as tuples."""
+        with self._cursor() as (_, execute):
+            return cast("list[Any]", execute(sql, values).fetchall())
+
+    @contextmanager
+    def _cursor(self) -> Iterator[tuple[Any, Execute]]:
+        """A connection for a moment (the pool rolls back what is open), and a way to run SQL."""
+        connection = self.engine.raw_connection()
+        try:
+            run: Execute = connection.cursor().execute
+            yield connection, run if self.sqlite else lambda sql, v=None: run(_pyformat(sql), v)
+        finally:
+            connection.close()
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """An ORM transaction, committed at its end; what was loaded stays readable."""
+        with self._in_turn(), db.session() as session:
+            yield session
+            session.flush()
+            session.expunge_all()
+            session.commit()
+
+
+class Gate(Flask):
+    """The application, with what its parts share."""
+
+    settings: Settings
+    ledger: Ledger
+    keyring: Keyring
+    throttle: Throttle
+    upstreams: Upstreams
+    watcher: Watcher
+    draining = False
+
+
+def gate() -> Gate:
+    """The gate that serves the current request or command."""
+    return cast(Gate, current_app)
+
+
+# ---- 4 Accounts and keys --------------------------------------------------------------------------
+# Passwords, JWTs, API keys, and the decorators that turn a bearer credential into g.caller. Neither
+# a key nor a JWT is stored: the one is derived again when it is shown, the other is signed.
+
+BASE62 = string.digits + string.ascii_letters
+API_KEY = re.compile(r"sk-llmgate-([0-9A-Za-z]{43})([0-9A-Za-z]{6})")
+USERNAME = re.compile(r"[A-Za-z0-9_.-]{3,64}")
+JWT_OPTIONS: Any = {"require": ["sub", "ver", "iat", "exp"]}
+BCRYPT_ROUNDS = 10  # OWASP's least, about 60 ms: 200 logins at once are done in seconds
+NOBODY = "$2b$10$abcdefghijklmnopqrstuu4T826PRnz0Hu6YlprUuxkZxOOj5Fw5S"  # costs like a real hash
+HASHING = threading.BoundedSemaphore(max(1, (os.cpu_count() or 2) - 1))  # a core for the streams
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, as plain values that need no database. Counts are tokens."""
+
+    id: int
+    username: str
+    token_limit: int
+    tokens_used: int
+    tokens_reserved: int
+    jwt_version: int
+    disabled: bool
+    api_key_id: int | None
+    key_used_at: int  # Unix seconds, to the minute
+
+    @property
+    def room(self) -> int:
+        """What was neither used nor reserved when the caller was looked up."""
+        return self.token_limit - self.tokens_used - self.tokens_reserved
+
+
+CALLER = """
+SELECT u.id, u.username, u.token_limit, u.tokens_used, u.tokens_reserved, u.jwt_version,
+ u.disabled_at IS NOT NULL, k.id, coalesce(k.last_used_at, 0) FROM users u LEFT JOIN api_keys k """
+CALLER_BY_KEY = CALLER + "ON k.user_id = u.id WHERE k.key_hash = :value AND k.revoked_at IS NULL"
+CALLER_BY_ID = CALLER + "ON k.id = 0 WHERE u.id = :value"
+
+
+def base62(number: int, width: int) -> str:
+    """A number in base 62, `width` digits long."""
+    return "".join(BASE62[number // 62**place % 62] for place in reversed(range(width)))
+
+
+def checksum(secret_part: str) -> str:
+    """Six characters that show a mistyped key without a query, as in GitHub's tokens."""
+    return base62(zlib.crc32(secret_part.encode()), 6)
+
+
+def key_hash(api_key: str) -> str:
+    """What the database holds of a key: its 256 random bits need no slow hash."""
+    return hashlib.sha256(api_key.encode()).hexdigest()
+
+
+class Keyring:
+    """The gate's secret and what is made from it: JWTs and API keys, each by a sub-key."""
+
+    def __init__(self, secret: str, jwt_hours: int) -> None:
+        self._jwt_key = hmac.digest(secret.encode(), b"llmgate jwt", "sha256")
+        self._api_key_key = hmac.digest(secret.encode(), b"llmgate api key", "sha256")
+        self.jwt_seconds = jwt_hours * 3600
+
+    def api_key(self, nonce: str) -> str:
+        """The API key of a nonce: `sk-llmgate-`, 43 characters of secret, 6 of checksum."""
+        digest = hmac.digest(self._api_key_key, nonce.encode(), "sha256")
+        secret_part = base62(int.from_bytes(digest, "big"), 43)
+        return f"sk-llmgate-{secret_part}{checksum(secret_part)}"
+
+    def shown(self, key: ApiKey) -> str | None:
+        """The key again; None when it was made with another secret."""
+        api_key = self.api_key(key.nonce)
+        return api_key if key_hash(api_key) == key.key_hash else None
+
+    def renew(self, key: ApiKey) -> ApiKey:
+        """Gives a row, new or old, a new key."""
+        key.nonce, key.created_at, key.last_used_at = secrets.token_hex(32), int(time.time()), None
+        key.key_hash = key_hash(self.api_key(key.nonce))
+        return key
+
+    def jwt_answer(self, user_id: int, jwt_version: int) -> JSONObject:
+        """RFC 6749's {"access_token", "token_type", "expires_in" (seconds)}."""
+        claims: JSONObject = {"sub": str(user_id), "ver": jwt_version, "iat": int(time.time())}
+        claims["exp"] = claims["iat"] + self.jwt_seconds
+        token = jwt.encode(claims, self._jwt_key, algorithm="HS256")
+        return {"access_token": token, "token_type": "bearer", "expires_in": self.jwt_seconds}
+
+    def read_jwt(self, token: str) -> tuple[int, int]:
+        """(user id, jwt_version); 401 `token_expired` or `invalid_token`."""
+        try:
+            claims = jwt.decode(token, self._jwt_key, ["HS256"], JWT_OPTIONS)
+            return min(int(claims["sub"]), MAX_BIGINT), int(claims["ver"])
+        except jwt.ExpiredSignatureError:
+            raise APIError("token_expired") from None
+        except (jwt.InvalidTokenError, ValueError, TypeError):
+            raise APIError("invalid_token") from None
+
+
+class Throttle:
+    """Slows the guessing of one name's password, whether or not anybody has the name."""
+
+    TRIES, MAX_DELAY_S, MAX_NAMES = 5, 900, 10000
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tries: dict[str, tuple[int, float]] = {}  # name: (tries, held back until)
+
+    def admit(self, name: str) -> None:
+        """Counts a try before its password is hashed; 429 while the name is held back."""
+        now = time.monotonic()
+        with self._lock:
+            tries, until = self._tries.pop(name, (0, 0.0))
+            if until <= now:
+                tries += 1
+                delay = min(2.0 ** min(tries - self.TRIES, 20), self.MAX_DELAY_S)
+                self._tries[name] = (tries, now + delay if tries >= self.TRIES else 0.0)
+                if len(self._tries) > self.MAX_NAMES:  # the name that was tried longest ago
+                    del self._tries[next(iter(self._tries))]
+                return
+            self._tries[name] = (tries, until)
+        error = APIError("rate_limit_exceeded", why="Too many wrong passwords for this name")
+        error.headers["Retry-After"] = str(int(until - now) + 1)
+        raise error
+
+    def forget(self, name: str) -> None:
+        """The password was right."""
+        with self._lock:
+            self._tries.pop(name, None)
+
+
+def in_turn(hashing: Callable[..., R], *values: bytes) -> R:
+    """bcrypt's answer; 503 `overloaded` when the turn does not come within 20 s."""
+    if not HASHING.acquire(timeout=20):
+        raise APIError("overloaded")
+    try:
+        return hashing(*values)
+    finally:
+        HASHING.release()
+
+
+def utf8(value: object) -> bytes:
+    """A string's bytes; none for what is no string, or no UTF-8 (a lone surrogate)."""
+    with suppress(UnicodeEncodeError):
+        return value.encode() if isinstance(value, str) else b""
+    return b""
+
+
+def hash_password(password: object, param: str = "password") -> str:
+    """bcrypt's hash; 400 unless the password has 8 characters to 72 bytes: bcrypt reads no more."""
+    encoded = utf8(password)
+    if not isinstance(password, str) or len(password) < 8 or not 8 <= len(encoded) <= 72:
+        must_be = "a string of 8 characters to 72 bytes of UTF-8"
+        raise APIError("invalid_value", param, must_be=must_be)
+    return in_turn(bcrypt.hashpw, encoded, bcrypt.gensalt(BCRYPT_ROUNDS)).decode()
+
+
+def log_in(username: object, password: object) -> User:
+    """The user of a name and password; 401, 403, 429. An unknown name costs the same as a known."""
+    name, encoded = username.lower() if isinstance(username, str) else "", utf8(password)
+    gate().throttle.admit(name)
+    user = find_user(name)
+    stored = user.password_hash if user else NOBODY
+    right = in_turn(bcrypt.checkpw, encoded[:72], stored.encode()) and len(encoded) <= 72
+    if user is None or not right:
+        raise APIError("invalid_credentials")
+    gate().throttle.forget(name)
+    if user.disabled_at is not None:
+        raise APIError("account_disabled")
+    return user
+
+
+def find_user(name: str) -> User | None:
+    """The user of a name in any case; no connection is held afterwards."""
+    if not USERNAME.fullmatch(name):
+        return None
+    with gate().ledger.session() as session:
+        return session.scalar(sa.select(User).where(sa.func.lower(User.username) == name.lower()))
+
+
+def register(username: object, password: object, token_limit: int) -> tuple[User, str]:
+    """A new account and its API key; 400, or 409 `username_taken`."""
+    if not isinstance(username, str) or not USERNAME.fullmatch(username):
+        raise APIError("invalid_value", "username", must_be="3 to 64 of A-Z a-z 0-9 _ . -")
+    user = User(username=username, password_hash=hash_password(password), token_limit=token_limit)
+    user.created_at, key = int(time.time()), gate().keyring.renew(ApiKey(name="default"))
+    try:
+        with gate().ledger.session() as session:
+            session.add(user)
+            session.flush()
+            key.user_id = user.id
+            session.add(key)
+    except sa.exc.IntegrityError:
+        raise APIError("username_taken", "username") from None
+    return user, gate().keyring.api_key(key.nonce)
+
+
+def live_keys(session: Session, user_id: int) -> list[ApiKey]:
+    """The keys of a user that work, the one shown by /users/me first."""
+    keys = sa.select(ApiKey).where(ApiKey.user_id == user_id, ApiKey.revoked_at.is_(None))
+    return list(session.scalars(keys.order_by(ApiKey.id)))
+
+
+def set_password(user: User, password_hash: str) -> int:
+    """Stores a hash and ends every older JWT; the new jwt_version. 401 if another was quicker."""
+    with gate().ledger.session() as session:
+        current = session.get_one(User, user.id, with_for_update=True)
+        if current.password_hash != user.password_hash:
+            raise APIError("invalid_credentials")
+        current.password_hash, current.jwt_version = password_hash, current.jwt_version + 1
+        return current.jwt_version
+
+
+def identified(kinds: tuple[str, ...]) -> Caller:
+    """The caller by an API "key" or a "jwt"; 401, or 403 `account_disabled`."""
+    scheme, _, credential = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not credential.strip():
+        raise APIError("missing_api_key")
+    by_key = kinds == ("key",) or "key" in kinds and credential.startswith("sk-llmgate-")
+    if by_key:
+        match = API_KEY.fullmatch(credential.strip())
+        right = match and match[2] == checksum(match[1])
+        rows = (
+            gate().ledger.query(CALLER_BY_KEY, value=key_hash(match[0])) if match and right else []
+        )
+    else:
+        user_id, jwt_version = gate().keyring.read_jwt(credential.strip())
+        rows = gate().ledger.query(CALLER_BY_ID, value=user_id)
+        rows = [row for row in rows if Caller(*row).jwt_version == jwt_version]
+    if not rows:
+        raise APIError("invalid_api_key" if by_key else "invalid_token")
+    if Caller(*rows[0]).disabled:
+        raise APIError("account_disabled")
+    return Caller(*rows[0])
+
+
+def _required(*kinds: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that puts the caller into g.caller."""
+
+    def decorate(view: Callable[P, R]) -> Callable[P, R]:
+        @wraps(view)
+        def identified_view(*args: P.args, **kwargs: P.kwargs) -> R:
+            g.caller = identified(kinds)
+            return view(*args, **kwargs)
+
+        return identified_view
+
+    return decorate
+
+
+jwt_required, api_key_required = _required("jwt"), _required("key")
+jwt_or_api_key_required = _required("jwt", "key")
+# ---- 5 Quota and metering -------------------------------------------------------------------------
+# reserve() holds a request's worst case before vLLM is asked; book() puts the true count in its
+# place. The counters move by nothing else, and only by SQL arithmetic under a guard.
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one answer cost, in tokens; `estimated` when vLLM's own count did not come."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    estimated: int = 0
+
+    @property
+    def total(self) -> int:
+        """What the quota is charged."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def within(self, most: int) -> Counts:
+        """The counts, cut to `most` tokens and then `estimated`."""
+        if self.total <= most:
+            return self
+        prompt = min(self.prompt_tokens, most)
+        return Counts(prompt, most - prompt, min(self.cached_tokens, prompt), estimated=1)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The worst case of one request, in tokens."""
+
+    prompt: int  # an upper bound
+    prompt_estimate: int  # a likely value, charged when no count ever comes
+    output: int  # what one choice may write: as asked for, or up to the model's context
+    choices: int  # n, times the prompts of a list
+
+    def granted(self, room: int) -> int:
+        """Output for each choice: at most a quarter of `room`, always up to 1,024; -1: no room."""
+        left = (room - self.prompt) // self.choices
+        if left < min(self.output, 1):
+            return -1
+        return min(self.output, left, max(room // 4, 1024, self.choices) // self.choices)
+
+    def total(self, granted: int) -> int:
+        """Tokens to reserve for a granted output."""
+        return self.prompt + self.choices * granted
+
+
+RUNNING = """(SELECT count(*) FROM usage
+ WHERE user_id = :user_id AND status = 'pending' AND lease_until >= :now)"""
+LOCK_USER = f"""
+SELECT token_limit, tokens_used, tokens_reserved, {RUNNING} FROM users WHERE id = :user_id"""
+RESERVE = f"""
+UPDATE users SET tokens_reserved = tokens_reserved + :reserved WHERE id = :user_id
+ AND tokens_used + tokens_reserved + :reserved <= token_limit AND {RUNNING} < :most"""
+INSERT_ROW = """
+INSERT INTO usage (request_id, user_id, api_key_id, model, endpoint, stream, reserved,
+ prompt_estimate, created_at, lease_until) VALUES (:request_id, :user_id, :api_key_id, :model,
+ :endpoint, :stream, :reserved, :prompt_estimate, :now, :lease_until)"""
+TOUCH_KEY = "UPDATE api_keys SET last_used_at = :now WHERE id = :api_key_id"
+
+
+def reserve(ledger: Ledger, caller: Caller, claim: Claim, row: JSONObject, most: int) -> int:
+    """Holds the claim and writes the pending row; the output granted to each choice, in tokens.
+
+    The first try trusts the numbers that came with the API key. If they are outdated, the second
+    locks the user and is exact. 429 for the quota, or when `most` relays of the user run already.
+    """
+    now = int(time.time())
+    row |= {"user_id": caller.id, "api_key_id": caller.api_key_id, "most": most, "now": now}
+    row |= {"prompt_estimate": claim.prompt_estimate, "lease_until": now + LEASE_S}
+
+    def held(granted: int) -> bool:
+        row["reserved"] = claim.total(granted)
+        return granted >= 0 and execute(RESERVE, row).rowcount == 1
+
+    with ledger.transaction() as execute:
+        granted = claim.granted(caller.room)
+        if not held(granted):
+            limit, used, reserved, running = execute(LOCK_USER + ledger.for_update, row).fetchone()
+            granted = claim.granted(limit - used - reserved)
+            if running >= most:
+                raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
+            if not held(granted):
+                needed = claim.total(min(claim.output, 1))
+                code = "quota_reserved" if needed <= limit - used else "insufficient_quota"
+                raise APIError(code, used=used, limit=limit, needed=needed)
+        execute(INSERT_ROW, row)
+        if now - caller.key_used_at >= 60:
+            execute(TOUCH_KEY, row)
+    return granted
+
+
+READ_ROW = """
+SELECT u.id, u.tokens_used, u.token_limit - u.tokens_used - u.tokens_reserved, r.status, r.reserved,
+ r.prompt_tokens + r.completion_tokens FROM usage r JOIN users u ON u.id = r.user_id
+ WHERE r.request_id = :request_id"""
+UPDATE_ROW = """
+UPDATE usage SET status = :status, estimated = :estimated, reserved = :reserved,
+ prompt_tokens = :prompt_tokens, completion_tokens = :completion_tokens,
+ cached_tokens = :cached_tokens, first_byte_ms = :first_byte_ms, duration_ms = :duration_ms,
+ lease_until = :lease_until WHERE request_id = :request_id"""
+MOVE_TOKENS = """
+UPDATE users SET tokens_used = tokens_used + :booked, tokens_reserved = tokens_reserved - :released
+ WHERE id = :user_id"""
+
+
+def book(ledger: Ledger, request_id: str, status: str, counts: Counts, **times: int | None) -> int:
+    """Books a request's tokens as known now; the user's `tokens_used` after it.
+
+    The counters move by the difference to what the row had before. So one function serves the
+    checkpoint (`pending`), the end, the recovery (`lost`) and the late return of a frozen gate.
+    """
+    with ledger.transaction() as execute:
+        found = execute(READ_ROW + ledger.for_update, {"request_id": request_id}).fetchone()
+        user_id, used, free, old_status, reserved, before = found
+        if old_status not in ("pending", "lost"):
+            return cast(int, used)
+        # What was held may be used up; more only if nobody else holds it. (A lost row's
+        # reservation may have gone to others by the time its gate comes back.)
+        counts = counts.within(before + max(reserved, reserved + free))
+        booked = counts.total - before
+        kept = max(0, reserved - max(0, booked)) if status == "pending" else 0
+        row = {"request_id": request_id, "status": status, "reserved": kept, **vars(counts)}
+        row |= {"first_byte_ms": None, "duration_ms": None, **times}
+        execute(UPDATE_ROW, row | {"lease_until": int(time.time()) + LEASE_S})
+        execute(MOVE_TOKENS, {"user_id": user_id, "booked": booked, "released": reserved - kept})
+    return cast(int, used + booked)
+
+
+LOST_ROWS = """
+SELECT request_id, prompt_estimate, prompt_tokens, completion_tokens, cached_tokens, estimated
+ FROM usage WHERE status = 'pending' AND lease_until < :now"""
+
+
+def recover_lost(ledger: Ledger) -> None:
+    """Closes the pending rows of dead gates: their last checkpoint counts, at least the prompt."""
+    for request_id, estimate, *seen in ledger.query(LOST_ROWS, now=int(time.time())):
+        log.warning("%s lost: its gate died", request_id)
+        book(
+            ledger, request_id, "lost", Counts(*seen) if seen[0] else Counts(estimate, estimated=1)
+        )
+
+
+RESET_ROW = """
+INSERT INTO usage (request_id, user_id, model, endpoint, status, prompt_tokens, created_at,
+ lease_until) SELECT :request_id, id, '', 'reset-usage', 'ok', -tokens_used, :now, :now FROM users
+ WHERE id = :user_id"""
+
+
+def reset_usage(ledger: Ledger, user_id: int) -> None:
+    """Sets tokens_used to 0 by a balancing row: it stays the sum of the rows, and they stay."""
+    values = {"request_id": secrets.token_hex(16), "user_id": user_id, "now": int(time.time())}
+    with ledger.transaction() as execute:
+        execute("UPDATE users SET tokens_used = tokens_used WHERE id = :user_id", values)  # locks
+        execute(RESET_ROW, values)
+        execute("UPDATE users SET tokens_used = 0 WHERE id = :user_id", values)
+
+
+USAGE_BY_GROUP = """
+SELECT created_at / 86400, model, api_key_id, count(*), sum(prompt_tokens), sum(completion_tokens)
+ FROM usage WHERE user_id = :user_id AND created_at >= :since AND model <> ''
+ GROUP BY created_at / 86400, model, api_key_id"""
+SUMS = ("requests", "prompt_tokens", "completion_tokens")
+RECENT = (
+    "request_id, created_at, model, api_key_id, endpoint, stream, status, estimated, "
+    "prompt_tokens, completion_tokens, cached_tokens, first_byte_ms, duration_ms"
+)
+RECENT_USAGE = f"""
+SELECT {RECENT} FROM usage WHERE user_id = :user_id AND model <> '' ORDER BY created_at DESC
+ LIMIT 20"""
+
+
+def usage_report(ledger: Ledger, caller: Caller, days: int) -> JSONObject:
+    """The report of contract section 5 over the last `days` days (UTC); counts are tokens."""
+    since = (int(time.time()) // 86400 - days + 1) * 86400
+    groups = ledger.query(USAGE_BY_GROUP, user_id=caller.id, since=since)
+    names = dict(ledger.query("SELECT id, name FROM api_keys WHERE user_id = :id", id=caller.id))
+    recent = ledger.query(RECENT_USAGE, user_id=caller.id)
+
+    def by(column: int, name: str, shown: Callable[[Any], object]) -> list[JSONObject]:
+        sums: dict[Any, list[int]] = {}
+        for group in groups:
+            before = sums.get(group[column], [0, 0, 0])
+            sums[group[column]] = [a + int(b) for a, b in zip(before, group[3:], strict=True)]
+        return [{name: shown(k)} | dict(zip(SUMS, sums[k], strict=True)) for k in sorted(sums)]
+
+    return {
+        "tokens_used": caller.tokens_used,
+        "token_limit": caller.token_limit,
+        "remaining": max(0, caller.token_limit - caller.tokens_used),
+        "reserved": caller.tokens_reserved,
+        "requests": sum(group[3] for group in groups),
+        "by_model": by(1, "model", str),
+        "by_key": by(2, "key", names.get),
+        "by_day": by(0, "date", lambda day: time.strftime("%F", time.gmtime(day * 86400))),
+        "recent": [dict(zip(RECENT.split(", "), row, strict=True)) for row in recent],
+    }
+
+
+# ---- 6 Upstream and relay -------------------------------------------------------------------------
+# Which server gets a request, the meter that reads usage in passing, the relay itself, and the
+# watcher. Bytes pass unchanged but for what contract section 3 lists.
+
+
+def upstream_error(why: str) -> APIError:
+    """502 `upstream_error`: vLLM reset, cut or garbled its answer, or refuses the gate's key."""
+    return APIError("upstream_error", why=why)
+
+
+def encoded(body: JSONObject) -> bytes:
+    """JSON for vLLM, with each field once; 400 for what JSON cannot say (1e999)."""
+    try:
+        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise APIError("invalid_json") from None
+
+
+def read_usage(usage: object) -> Counts | None:
+    """vLLM's usage block as counts; None when it is missing or cannot be right."""
+    if not isinstance(usage, dict):
+        return None
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    numbers = [usage.get("prompt_tokens"), usage.get("completion_tokens", 0), cached or 0]
+    right = all(type(number) is int and number >= 0 for number in numbers) and any(numbers)
+    return Counts(*numbers) if right else None
+
+
+class Meter:
+    """Reads the token counts of one answer in passing, and hides what the caller did not ask for.
+
+    With `continuous_usage_stats` each event has the count of its choice so far: the last value of
+    each choice is added up. The block at the end wins over that.
+    """
+
+    EVENT_END = re.compile(rb"\r?\n\r?\n")
+    USAGE = re.compile(rb',\s*"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|null)(?=\s*[,}])')
+
+    def __init__(self, claim: Claim, reserved: int, n: int, options: JSONObject) -> None:
+        self.claim, self.reserved, self.n = claim, reserved, n
+        self.show_last = options.get("include_usage") is True
+        self.show_all = self.show_last and options.get("continuous_usage_stats") is True
+        self.asked = False  # vLLM may have begun to work
+        self.done = self.failed = False  # [DONE] has come; vLLM reported an error before it
+        self.output_seen = 0  # events, or a quarter of a plain body's bytes: when no count comes
+        self.last: Counts | None = None
+        self._choices: dict[int, Counts] = {}
+        self._rest = b""
+
+    def feed(self, piece: bytes) -> bytes:
+        """The events that are complete now, as the caller shall see them; 502 if one is endless."""
+        shown, start, searched = [], 0, max(0, len(self._rest) - 3)
+        self._rest += piece
+        for end in self.EVENT_END.finditer(self._rest, searched):
+            shown.append(self._event(self._rest[start : end.end()]))
+            start = end.end()
+        self._rest = self._rest[start:]
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise upstream_error("it sent an event without an end")
+        return b"".join(shown)
+
+    def _event(self, event: bytes) -> bytes:
+        """One event with its usage counted, and cut out unless the caller asked for it."""
+        found = self.USAGE.search(event)
+        self.output_seen += event.startswith(b"data:")
+        if not found:
+            self.done = self.done or event[5:].strip() == b"[DONE]"
+            self.failed = self.failed or event.startswith(b'data: {"error"')
+            return event
+        usage, index, last = json.loads(found[1]), 0, b'"choices":[]' in event
+        cut = event[: found.start()] + event[found.end() :]
+        # Sure where vLLM puts it: after the choices, for an unescaped "usage": can only be a key.
+        if self.claim.choices > 1 or event[found.start() - 1 : found.start()] != b"]":
+            try:
+                data = json.loads(event[5:])
+                usage, choices = data.pop("usage", None), data["choices"]
+                index, last = choices[0]["index"] if choices else 0, not choices
+                if json.loads(cut[5:]) != data:
+                    cut = b"data: " + json.dumps(data).encode() + b"\n\n"
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                return event
+        counts = read_usage(usage)
+        if counts and last:
+            self.last = counts
+        elif counts:
+            self._choices[index] = counts
+        if last:
+            return event if self.show_last else b""
+        return event if self.show_all or (usage is None and self.show_last) else cut
+
+    def counts(self) -> Counts:
+        """The tokens so far: vLLM's count, or an estimate; never more than was reserved."""
+        counts = Counts(self.claim.prompt_estimate, self.output_seen, estimated=1)
+        choices = dict(self._choices)  # the watcher reads while the relay writes
+        if choices:  # each prompt of a list counts once, whatever n
+            prompts = {index // self.n: seen.prompt_tokens for index, seen in choices.items()}
+            written = sum(seen.completion_tokens for seen in choices.values())
+            counts = Counts(sum(prompts.values()), written)
+        return (self.last or counts).within(self.reserved) if self.asked else Counts()
+
+
+class Relay:
+    """One running request as plain values; settle() ends it once, whoever comes first."""
+
+    status = "pending"
+    upstream: Upstream | None = None
+    sock: socket.socket | None = None  # of a stream: not shared, for it asks vLLM to close it
+    left_at: float | None = None  # when the caller was seen gone (monotonic)
+    cut_by: APIError | None = None  # why the gate itself broke the answer off
+    first_byte_ms: int | None = None  # from the request's arrival
+    duration_ms: int | None = None
+    tokens_used = 0  # of the user, after settle()
+
+    def __init__(self, watcher: Watcher, caller: Caller, row: JSONObject, meter: Meter) -> None:
+        self.watcher, self.caller, self.row, self.meter = watcher, caller, row, meter
+        self.stream, self._lock = bool(row["stream"]), threading.Lock()
+        self.started: float = g.started
+        self.gone = request.environ.get("waitress.client_disconnected", bool)
+
+    def pieces(self, answer: requests.Response) -> Iterator[bytes]:
+        """The body's bytes as they arrive; 502 or 504 when it breaks off."""
+        try:
+            while piece := answer.raw.read1(65536, decode_content=False):
+                if self.first_byte_ms is None:
+                    self.first_byte_ms = self._ms()
+                yield piece
+        except ReadTimeoutError:
+            raise APIError("upstream_timeout") from None
+        except (HTTPError, OSError, ValueError):
+            raise self.cut_by or upstream_error("its answer broke off") from None
+
+    def _ms(self) -> int:
+        """Milliseconds since the request's arrival."""
+        return round((time.monotonic() - self.started) * 1000)
+
+    def leave(self) -> None:
+        """The caller has gone: vLLM sees a half-close, and can still report its last counts."""
+        if self.left_at is None:
+            self.left_at = time.monotonic()
+            self.shutdown(socket.SHUT_WR)
+
+    def shutdown(self, how: int) -> None:
+        """Shuts the connection to vLLM; a thread that waits for its bytes wakes up."""
+        with suppress(OSError, AttributeError):
+            cast(socket.socket, self.sock).shutdown(how)
+
+    def settle(self, status: str) -> None:
+        """Ends the request with this status, if it has not ended yet."""
+        with self._lock:
+            if self.status != "pending":
+                return
+            self.status, self.duration_ms = status, self._ms()
+        try:
+            self.book()
+        except (*self.watcher.ledger.errors, APIError) as error:  # the watcher tries again
+            log.error("%s not booked yet: %s", self.row["request_id"], type(error).__name__)
+
+    def book(self) -> None:
+        """Books what is known now; at the end also writes the request's line into the log."""
+        row, counts, ended = self.row, self.meter.counts(), self.status != "pending"
+        if not ended and not self.meter.output_seen:
+            counts = Counts()  # not even an estimate before the first event
+        times = {"first_byte_ms": self.first_byte_ms, "duration_ms": self.duration_ms}
+        self.tokens_used = book(
+            self.watcher.ledger, row["request_id"], self.status, counts, **times
+        )
+        if ended:
+            self.watcher.running.discard(self)
+            what = "{request_id} %s key {api_key_id} {endpoint} {model}".format(**row)
+            log.info(
+                what + " %s%s %d+%d tokens%s, first byte %s ms, end %s ms",
+                *(self.caller.username, self.status, " stream" if self.stream else ""),
+                *(counts.prompt_tokens, counts.completion_tokens),
+                *(" (estimated)" if counts.estimated else "", *times.values()),
+            )
+
+
+class Watcher(threading.Thread):
+    """Looks after the running relays: callers who left, checkpoints, leases, rows of dead gates."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(name="watcher", daemon=True)
+        self.ledger, self.stopping = ledger, threading.Event()
+        self.running: set[Relay] = set()
+
+    def run(self) -> None:
+        """Until stopping is set: the callers each 0.1 s, the upkeep each 5 s."""
+        upkeep_at = 0.0
+        while not self.stopping.wait(0.1):
+            try:
+                self.end_left_streams()
+                if time.monotonic() >= upkeep_at:
+                    upkeep_at = time.monotonic() + UPKEEP_S
+                    self.upkeep()
+            except (*self.ledger.errors, APIError) as error:
+                log.error("watcher: %s", type(error).__name__)
+            except Exception:
+                log.exception("watcher")
+
+    def end_left_streams(self) -> None:
+        """Ends streams whose caller left; a plain request runs to its end (contract 5)."""
+        now = time.monotonic()
+        for relay in [relay for relay in list(self.running) if relay.stream]:
+            if relay.left_at is None and relay.gone():
+                relay.leave()
+            elif relay.left_at and now - relay.left_at > LAST_WORDS_S:
+                relay.shutdown(socket.SHUT_RDWR)
+
+    def upkeep(self) -> None:
+        """Checkpoints and leases of what runs, what could not be booked, rows of dead gates."""
+        for relay in list(self.running):
+            relay.book()
+        recover_lost(self.ledger)
+
+
+_sending = threading.local()  # .relay: the stream whose request this thread sends
+
+
+def _with_known_socket(pool: Any) -> Any:
+    """A urllib3 pool class whose connections tell a stream its socket before the answer begins."""
+
+    def getresponse(connection: Any) -> Any:
+        if relay := getattr(_sending, "relay", None):
+            relay.sock = connection.sock
+        return pool.ConnectionCls.getresponse(connection)
+
+    connection_class = type("Connection", (pool.ConnectionCls,), {"getresponse": getresponse})
+    return type("Pool", (pool,), {"ConnectionCls": connection_class})
+
+
+POOLS = {
+    "http": _with_known_socket(urllib3.HTTPConnectionPool),
+    "https": _with_known_socket(urllib3.HTTPSConnectionPool),
+}
+# What decides how vLLM renders a conversation.
+TEMPLATE_FIELDS = (
+    "model", "messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt",
+    "continue_final_message", "add_special_tokens", "mm_processor_kwargs",
+)  # fmt: skip
+
+
+class Upstream:
+    """One model server: what it serves, and what is known of its ways."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self.url, self.settings = url, settings
+        self.models: dict[str, JSONObject] = {}  # id: its entry in /v1/models
+        self.up = False
+        self.continuous: bool | None = None  # takes continuous_usage_stats; None: not known yet
+        self._adapter = requests.adapters.HTTPAdapter(1, settings.threads)
+        self._adapter.poolmanager.pool_classes_by_scheme = POOLS
+        self._pooled_at = 0.0
+
+    def send(self, path: str, body: JSONObject | None, timeout: float, **headers: str) -> Any:
+        """One request by requests' transport alone: no .netrc, proxies, cookies or redirects.
+
+        ConnectionRefusedError when nothing listens; 502 or 504. vLLM closes idle connections after
+        5 s: all that wait are dropped every 2 s, so that no request meets a closing one.
+        """
+        if time.monotonic() - self._pooled_at > KEEP_ALIVE_S:
+            self.drop_idle()
+        sent = requests.PreparedRequest()
+        sent.method, sent.url = "GET" if body is None else "POST", self.url + path
+        sent.body = None if body is None else encoded(body)
+        headers |= {"Accept-Encoding": "identity", "Content-Length": str(len(sent.body or b""))}
+        if self.settings.vllm_api_key:
+            headers["Authorization"] = f"Bearer {self.settings.vllm_api_key}"
+        headers["Content-Type"] = "application/json"
+        sent.headers = requests.structures.CaseInsensitiveDict(headers)
+        try:
+            return self._adapter.send(sent, stream=True, timeout=(CONNECT_TIMEOUT_S, timeout))
+        except requests.ReadTimeout:
+            raise APIError("upstream_timeout") from None
+        except requests.RequestException as error:
+            reason = getattr(error.args[0] if error.args else None, "reason", None)
+            if isinstance(error, requests.ConnectTimeout) or isinstance(reason, NewConnectionError):
+                raise ConnectionRefusedError from None
+            raise upstream_error("it broke the connection off") from None
+
+    def drop_idle(self) -> None:
+        """Closes the connections that wait for a next request."""
+        self._adapter.close()
+        self._pooled_at = time.monotonic()
+
+    def fetch(self, path: str, body: JSONObject | None = None, timeout: float = 2) -> JSONObject:
+        """A JSON answer for the gate itself; {} for anything else. ConnectionRefusedError."""
+        try:
+            with self.send(path, body, timeout) as answer:
+                value = json.loads(answer.raw.read(MAX_ANSWER_BYTES))
+            return value if answer.ok and isinstance(value, dict) else {}
+        except (APIError, HTTPError, ValueError, RecursionError):
+            return {}
+
+    def refresh(self) -> None:
+        """Fetches the list of models; a slow answer leaves the list as it was."""
+        try:
+            entries = self.fetch("/v1/models").get("data")
+        except ConnectionRefusedError:  # the next to come may be another server
+            self.up, self.continuous = False, None
+            return
+        if isinstance(entries, list):
+            models = [entry for entry in entries if isinstance(entry, dict)]
+            self.models, self.up = {str(entry.get("id")): entry for entry in models}, True
+
+    def count_prompt(self, body: JSONObject) -> int | None:
+        """The exact tokens of a prompt by vLLM's /tokenize; None where there is no such thing."""
+        questions = [{name: body[name] for name in TEMPLATE_FIELDS if name in body}]
+        if "messages" not in body:
+            prompts = body.get("prompt", body.get("input"))
+            if not isinstance(prompts, list) or (prompts and isinstance(prompts[0], int)):
+                prompts = [prompts]
+            questions = [{"model": body["model"], "prompt": prompt} for prompt in prompts]
+        total = 0
+        for question in questions[:MAX_COUNTED_PROMPTS]:
+            tokens = question.get("prompt")
+            counted = len(tokens) if isinstance(tokens, list) else None
+            if counted is None:
+                counted = self.fetch("/tokenize", question, 30).get("count")
+            if type(counted) is not int:
+                return None
+            total += counted
+        return total if len(questions) <= MAX_COUNTED_PROMPTS else None
+
+
+class Upstreams:
+    """All model servers: the merged list of models, and which server gets a request."""
+
+    def __init__(self, settings: Settings) -> None:
+        ports = [port for port in LOCAL_PORTS if port != settings.port]
+        urls = settings.vllm_endpoint or [f"http://127.0.0.1:{port}" for port in ports]
+        self.servers, self.aliases = (
+            [Upstream(url, settings) for url in urls],
+            settings.model_aliases,
+        )
+        self._refreshing, self._refreshed_at = threading.Lock(), 0.0
+
+    def refresh(self, age: float = 1) -> None:
+        """Asks all servers for their models, side by side, if the lists are `age` seconds old."""
+        with self._refreshing:
+            if time.monotonic() - self._refreshed_at > age:
+                with ThreadPoolExecutor(len(self.servers)) as pool:
+                    list(pool.map(Upstream.refresh, self.servers))
+                self._refreshed_at = time.monotonic()
+
+    def models(self) -> dict[str, JSONObject]:
+        """{id: entry} of the servers that are up; an old list is refreshed in the background."""
+        if not any(server.up for server in self.servers):
+            self.refresh()
+        elif time.monotonic() - self._refreshed_at > MODELS_TTL_S and not self._refreshing.locked():
+            threading.Thread(target=self.refresh, args=(MODELS_TTL_S,), daemon=True).start()
+        up = [server.models for server in reversed(self.servers) if server.up]
+        return {name: entry for models in up for name, entry in models.items()}
+
+    def resolved(self, model: str) -> str:
+        """The served model that a name or an alias stands for."""
+        return self.aliases.get(model, model) or next(iter(self.models()), model)
+
+    def route(self, model: str, running: set[Relay]) -> list[Upstream]:
+        """The servers of a model, the least busy first; 404 `model_not_found`, or 502."""
+        if model not in self.models():
+            self.refresh()
+        servers = [server for server in self.servers if model in server.models]
+        if not servers:
+            up = any(server.up for server in self.servers)
+            raise APIError(
+                "model_not_found" if up else "upstream_unavailable", "model", model=model
+            )
+        busy = [relay.upstream for relay in list(running)] if len(servers) > 1 else []
+        return sorted(servers, key=lambda server: (not server.up, busy.count(server)))
+
+
+OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens")
+REFUSED_FIELDS = (
+    "priority", "request_id", "kv_transfer_params", "vllm_xargs", "stream_interval",
+    "use_beam_search", "best_of",
+)  # fmt: skip
+
+
+def whole_number(body: JSONObject, name: str, least: int, most: int | None = None) -> int | None:
+    """body[name] if it is a whole number in bounds, None if it is absent or null; else 400."""
+    value = body.get(name)
+    if value is not None and (type(value) is not int or value < least or value > (most or value)):
+        must_be = f"a whole number from {least}" + (f" to {most}" if most else " on")
+        raise APIError("invalid_value", name, must_be=must_be)
+    return value
+
+
+def require_relayable(body: JSONObject) -> None:
+    """400 naming the field that is refused, or that the gate has to read and cannot."""
+    for name in REFUSED_FIELDS:
+        if body.get(name) not in (None, False):
+            raise APIError("unsupported_value", name)
+    if not isinstance(body.get("model"), str) or not body["model"]:
+        raise APIError("invalid_value", "model", must_be="the name of a model")
+    options = body.get("stream_options") if body.get("stream") is True else None
+    flags = [("stream", body.get("stream"))]
+    if isinstance(options, dict):
+        names = ("include_usage", "continuous_usage_stats")
+        flags += [("stream_options", options.get(name)) for name in names]
+    elif options is not None:
+        raise APIError("invalid_value", "stream_options", must_be="an object")
+    for name, flag in flags:
+        if not isinstance(flag, bool | None):
+            raise APIError("invalid_value", name, must_be="true or false")
+
+
+def claim_of(body: JSONObject, raw: bytes, endpoint: str, context: int) -> Claim:
+    """The worst case of a request whose JSON is `raw`, a token being a byte or more; 400.
+
+    An image may stand there as a short URL: only the model's context bounds its tokens.
+    """
+    prompts, n = body.get("prompt"), whole_number(body, "n", 1, 16) or 1
+    listed = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
+    several = len(cast("list[object]", prompts)) if listed else 1
+    least = 1 if endpoint == "chat/completions" else 0
+    asked = [whole_number(body, name, least) for name in OUTPUT_FIELDS]
+    output = max((number for number in asked if number is not None), default=context)
+    output = 0 if endpoint == "embeddings" else min(output, context)
+    prompt = max(len(raw), context if has_media(raw) else 0) + TEMPLATE_TOKENS
+    return Claim(prompt, max(1, len(raw) // 4), output, n * several)
+
+
+def has_media(raw: bytes) -> bool:
+    """Whether a message may hold an image, sound or video (quoted as text it has a backslash)."""
+    return (
+        re.search(rb'"(image|audio|video)_url"|"input_audio"|"image_pil"|\\u00[4-7]', raw)
+        is not None
+    )
+
+
+def sharper(claim: Claim, caller: Caller, body: JSONObject, raw: bytes, server: Upstream) -> Claim:
+    """Near the limit, the claim with its prompt counted by vLLM, or guessed by 3 bytes a token."""
+    if claim.total(max(claim.granted(caller.room), 0)) <= caller.room // 16 or has_media(raw):
+        return claim
+    counted = server.count_prompt(body)
+    if counted is None:
+        return replace(claim, prompt=len(raw) // 3 + 1)
+    return replace(claim, prompt=counted, prompt_estimate=max(1, counted))
+
+
+def limit_output(body: JSONObject, granted: int) -> None:
+    """Lowers the fields that bound the answer to what was granted; vLLM obeys them."""
+    given = [name for name in OUTPUT_FIELDS if body.get(name) is not None]
+    for name in given or ["max_tokens"]:
+        body[name] = min(body.get(name) or granted, granted)
+    if isinstance(body.get("min_tokens"), int):
+        body["min_tokens"] = min(body["min_tokens"], granted)
+
+
+def ask(relay: Relay, servers: list[Upstream], body: JSONObject) -> requests.Response:
+    """vLLM's answer, its body still to be read; from the next server when one is not there.
+
+    A stream is asked to report its usage, and again without the option where that is refused.
+    """
+    options = [{"include_usage": True, "continuous_usage_stats": True}, {"include_usage": True}]
+    own = {**(body.get("stream_options") or {})}
+    own.pop("continuous_usage_stats", None)
+    for server in servers:
+        relay.upstream, relay.meter.asked = server, True
+        for option in options[server.continuous is False :] if relay.stream else [None]:
+            if option:
+                body["stream_options"] = {**own, **option}
+            try:
+                answer = send_relay(relay, server, body)
+            except ConnectionRefusedError:
+                server.up = relay.meter.asked = False
+                break
+            if (
+                answer.status_code != 400
+                or option is options[-1]
+                or server.continuous
+                or not option
+            ):
+                if option and answer.ok:
+                    server.continuous = option is options[0]
+                return answer
+            answer.close()
+    raise APIError("upstream_unavailable")
+
+
+def send_relay(relay: Relay, server: Upstream, body: JSONObject) -> requests.Response:
+    """One try at one server; 400, 502, 504, ConnectionRefusedError."""
+    headers = {"X-Request-Id": relay.row["request_id"]}
+    if relay.stream:  # its connection may be cut, so it must be nobody else's afterwards
+        _sending.relay, headers["Connection"] = relay, "close"
+    path, timeout = f"/v1/{relay.row['endpoint']}", server.settings.upstream_timeout
+    try:
+        return cast(requests.Response, server.send(path, body, timeout, **headers))
+    finally:
+        _sending.relay = None
+
+
+def answered(relay: Relay, answer: requests.Response) -> Response:
+    """The answer to relay: 200 or vLLM's own 4xx; 502 for all else."""
+    content_type, status = answer.headers.get("Content-Type", ""), answer.status_code
+    relay.meter.asked = status < 300
+    if status in (401, 403):
+        raise upstream_error("it refuses the gate's own key, see VLLM_API_KEY")
+    if answer.headers.get("Content-Encoding", "identity") != "identity":
+        raise upstream_error("it compressed its answer though asked not to")
+    if status != 200 and not 400 <= status < 500:
+        raise upstream_error("it answered with an error of its own")
+    if status == 200 and "text/event-stream" in content_type:
+        return streamed(relay, answer)
+    body = bytearray()
+    for piece in relay.pieces(answer):
+        body += piece
+        if len(body) > MAX_ANSWER_BYTES:
+            raise upstream_error("its answer has no end")
+    if status == 200:
+        relay.meter.output_seen = len(body) // 4
+        try:
+            relay.meter.last = read_usage(json.loads(body).get("usage"))
+        except (ValueError, AttributeError, RecursionError):
+            raise upstream_error("its answer is not a JSON object") from None
+    relay.settle("ok" if status == 200 else "error")  # before the caller has it
+    return Response(bytes(body), status, content_type=content_type)
+
+
+def streamed(relay: Relay, answer: requests.Response) -> Response:
+    """A stream whose events leave as they arrive; booked at its end, or when its caller leaves."""
+    relay.stream = True
+    headers = {"Content-Type": answer.headers["Content-Type"], "Cache-Control": "no-cache"}
+    headers["X-Accel-Buffering"] = "no"  # nginx passes each event on at once
+    response = Response(events(relay, answer), 200, headers)
+
+    @response.call_on_close  # a generator that was never started would not run its finally
+    def close() -> None:
+        if relay.status == "pending":
+            relay.leave()
+            with suppress(APIError):
+                for piece in relay.pieces(answer):
+                    relay.meter.feed(piece)
+            relay.settle("aborted")
+        answer.close()
+
+    return response
+
+
+def events(relay: Relay, answer: requests.Response) -> Iterator[bytes]:
+    """vLLM's events; one error event, and no [DONE], when they break off."""
+    meter = relay.meter
+    try:
+        for piece in relay.pieces(answer):
+            shown = meter.feed(piece)
+            if meter.done:  # booked before the caller can see the end
+                relay.settle("error" if meter.failed else "ok")
+            if shown:
+                yield shown
+        if not meter.done:
+            raise relay.cut_by or upstream_error("its answer broke off")
+    except APIError as error:
+        if not meter.done and relay.left_at is None:
+            relay.settle("error")
+            yield b"data: " + error.body() + b"\n\n"
+
+
+# ---- 7 Routes -------------------------------------------------------------------------------------
+# One Blueprint: accounts, the OpenAI side, OpenCode, the report. A view reads, calls and returns;
+# what is wrong is raised.
+
+routes = Blueprint("llmgate", __name__)
+
+
+def _no_constant(name: str) -> None:
+    """NaN and Infinity are not JSON."""
+    raise ValueError(name)
+
+
+def read_json() -> JSONObject:
+    """The body, a JSON object; 415 for another content type, 400 for anything else."""
+    if request.mimetype != "application/json":
+        raise APIError("unsupported_media_type")
+    with suppress(ValueError, RecursionError):
+        body = json.loads(request.get_data().decode(), parse_constant=_no_constant)
+        if isinstance(body, dict):
+            return body
+    raise APIError("invalid_json")
+
+
+@routes.post("/auth/register")
+def auth_register() -> tuple[JSONObject, int]:
+    """A new account with its first API key."""
+    settings, body = gate().settings, read_json()
+    token = utf8(body.get("registration_token"))
+    invited = hmac.compare_digest(token, settings.registration_token.encode())
+    if settings.registration == "closed" or (settings.registration == "invite" and not invited):
+        raise APIError("registration_closed")
+    limit = whole_number(body, "token_limit", 1) or settings.default_token_limit
+    limit = min(limit, settings.max_token_limit)
+    user, api_key = register(body.get("username"), body.get("password"), limit)
+    shown = {"id": user.id, "username": user.username, "token_limit": limit}
+    return {**shown, "tokens_used": 0, "api_key": api_key}, 201
+
+
+@routes.post("/auth/token")
+def auth_token() -> JSONObject:
+    """A JWT for a name and a password, by JSON or by form (RFC 6749)."""
+    form = request.mimetype == "application/x-www-form-urlencoded"
+    body = request.form if form else read_json()
+    user = log_in(body.get("username"), body.get("password"))
+    return gate().keyring.jwt_answer(user.id, user.jwt_version)
+
+
+@routes.post("/auth/refresh")
+@jwt_required
+def auth_refresh() -> JSONObject:
+    """A new JWT for one that still works."""
+    return gate().keyring.jwt_answer(g.caller.id, g.caller.jwt_version)
+
+
+@routes.post("/auth/password")
+@jwt_required
+def auth_password() -> JSONObject:
+    """A new password; every older JWT of the user stops working."""
+    body = read_json()
+    user = log_in(g.caller.username, body.get("old_password"))
+    jwt_version = set_password(user, hash_password(body.get("new_password"), "new_password"))
+    return gate().keyring.jwt_answer(user.id, jwt_version)
+
+
+@routes.get("/users/me")
+@jwt_required
+def users_me() -> JSONObject:
+    """The account, with its first live key."""
+    with gate().ledger.session() as session:
+        user, keys = session.get_one(User, g.caller.id), live_keys(session, g.caller.id)
+    names = ("id", "username", "token_limit", "tokens_used", "created_at")
+    api_key = gate().keyring.shown(keys[0]) if keys else None
+    hint = {} if api_key else {"hint": "No key to show; POST /users/me/api-key makes a new one."}
+    return {name: getattr(user, name) for name in names} | {"api_key": api_key} | hint
+
+
+@routes.post("/users/me/api-key")
+@jwt_required
+def replace_key() -> JSONObject:
+    """A new key in the place of the one that /users/me shows: its row, and so its usage, go on."""
+    with gate().ledger.session() as session:
+        session.get_one(User, g.caller.id, with_for_update=True)
+        keys = live_keys(session, g.caller.id) or [ApiKey(user_id=g.caller.id, name="default")]
+        session.add(gate().keyring.renew(keys[0]))
+    return {"api_key": gate().keyring.shown(keys[0])}
+
+
+KEY_SUMS = """
+SELECT api_key_id, sum(prompt_tokens + completion_tokens) FROM usage WHERE user_id = :user_id
+ GROUP BY api_key_id"""
+
+
+def shown_key(key: ApiKey, tokens_used: int = 0) -> JSONObject:
+    """One key for its owner; times in Unix seconds."""
+    shown = {name: getattr(key, name) for name in ("id", "name", "created_at", "last_used_at")}
+    return shown | {"tokens_used": int(tokens_used), "api_key": gate().keyring.shown(key)}
+
+
+@routes.get("/users/me/keys")
+@jwt_required
+def list_keys() -> JSONObject:
+    """The keys that work."""
+    used = dict(gate().ledger.query(KEY_SUMS, user_id=g.caller.id))
+    with gate().ledger.session() as session:
+        keys = live_keys(session, g.caller.id)
+    return {"data": [shown_key(key, used.get(key.id, 0)) for key in keys]}
+
+
+@routes.post("/users/me/keys")
+@jwt_required
+def create_key() -> tuple[JSONObject, int]:
+    """One more key, by name."""
+    name = read_json().get("name")
+    if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.strip()) <= 64:
+        raise APIError("invalid_value", "name", must_be="1 to 64 printable characters")
+    with gate().ledger.session() as session:
+        key = gate().keyring.renew(ApiKey(user_id=g.caller.id, name=name.strip()))
+        session.add(key)
+    return shown_key(key), 201
+
+
+@routes.delete("/users/me/keys/<int:key_id>")
+@jwt_required
+def revoke_key(key_id: int) -> tuple[str, int]:
+    """Ends a key at once; answers that run with it go on."""
+    with gate().ledger.session() as session:
+        keys = [key for key in live_keys(session, g.caller.id) if key.id == key_id]
+        if not keys:
+            raise APIError("key_not_found")
+        keys[0].revoked_at = int(time.time())
+    return "", 204
+
+
+MODEL_FIELDS = ("id", "object", "created", "owned_by", "max_model_len")  # not root, a path
+
+
+def shown_models() -> dict[str, JSONObject]:
+    """{id or alias: entry} as callers may see it; 502 while no server is up."""
+    upstreams = gate().upstreams
+    models = upstreams.models()
+    if not models:
+        raise APIError("upstream_unavailable")
+    for alias in upstreams.aliases:
+        if (real := upstreams.resolved(alias)) in models:
+            models[alias] = {**models[real], "id": alias}
+    return {name: {k: e[k] for k in MODEL_FIELDS if k in e} for name, e in models.items()}
+
+
+@routes.get("/v1/models")
+@api_key_required
+def list_models() -> JSONObject:
+    """The models of all servers, and the aliases."""
+    return {"object": "list", "data": list(shown_models().values())}
+
+
+@routes.get("/v1/models/<path:model>")
+@api_key_required
+def get_model(model: str) -> JSONObject:
+    """One model or alias."""
+    if model not in (shown := shown_models()):
+        raise APIError("model_not_found", "model", model=model)
+    return shown[model]
+
+
+def context_of(entry: JSONObject) -> int:
+    """Tokens of a model's context: vLLM's max_model_len, llama.cpp's n_ctx, or a guess."""
+    meta = entry.get("meta")
+    known = entry.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else 0)
+    return known if type(known) is int and known > 0 else UNKNOWN_CONTEXT
+
+
+def require_capacity() -> None:
+    """503 `draining` or `overloaded`: some threads stay free of relays, for logins and usage."""
+    threads = gate().settings.threads
+    if gate().draining:
+        raise APIError("draining")
+    if len(gate().watcher.running) >= threads - max(2, min(32, threads // 8)):
+        raise APIError("overloaded")
+
+
+@routes.post("/v1/chat/completions", defaults={"endpoint": "chat/completions"})
+@routes.post("/v1/completions", defaults={"endpoint": "completions"})
+@routes.post("/v1/embeddings", defaults={"endpoint": "embeddings"})
+@api_key_required
+def relay_request(endpoint: str) -> Response:
+    """vLLM's answer, plain or streamed, within the caller's quota."""
+    body, caller, upstreams, watcher = read_json(), g.caller, gate().upstreams, gate().watcher
+    require_relayable(body)
+    require_capacity()
+    body["model"] = upstreams.resolved(body["model"])
+    servers = upstreams.route(body["model"], watcher.running)
+    raw, context = request.get_data(), context_of(servers[0].models[body["model"]])
+    claim = sharper(claim_of(body, raw, endpoint, context), caller, body, raw, servers[0])
+    row = {"request_id": g.request_id, "model": body["model"], "endpoint": endpoint}
+    row["stream"] = int(body.get("stream") is True)
+    granted = reserve(gate().ledger, caller, claim, row, gate().settings.max_requests_per_user)
+    meter = Meter(claim, claim.total(granted), body.get("n") or 1, body.get("stream_options") or {})
+    g.relay = relay = Relay(watcher, caller, row, meter)
+    watcher.running.add(relay)
+    try:
+        if granted < claim.output:
+            limit_output(body, granted)
+        response = answered(relay, ask(relay, servers, body))
+    except BaseException:
+        relay.settle("aborted" if relay.left_at else "error")
+        raise
+    left = caller.token_limit - max(relay.tokens_used, caller.tokens_used)
+    response.headers["x-ratelimit-limit-tokens"] = str(caller.token_limit)
+    response.headers["x-ratelimit-remaining-tokens"] = str(max(0, left))
+    return response
+
+
+@routes.get("/users/usage")
+@jwt_or_api_key_required
+def users_usage() -> JSONObject | Response:
+    """The report, as JSON or, with Accept: text/plain, drawn."""
+    days = request.args.get("days", "30")
+    if not re.fullmatch(r"[1-9][0-9]{0,2}", days) or int(days) > 366:
+        raise APIError("invalid_value", "days", must_be="a whole number from 1 to 366")
+    report = usage_report(gate().ledger, g.caller, int(days))
+    kinds = ["application/json", "text/plain"]
+    if request.accept_mimetypes.best_match(kinds) != "text/plain":
+        return report
+    drawn = drawn_usage(g.caller.username, report, "ascii" in request.args)
+    return Response(drawn, content_type="text/plain; charset=utf-8")
+
+
+@routes.get("/health")
+def health() -> JSONObject:
+    """200 once the database answers."""
+    gate().ledger.query("SELECT 1")
+    return {"status": "ok"}
+
+
+def bar(part: int, whole: int, width: int, ascii_only: bool) -> str:
+    """A bar of `width` characters, filled by part / whole."""
+    filled = min(width, -(-part * width // whole)) if whole else 0
+    full, empty = "#." if ascii_only else "█░"
+    return full * filled + empty * (width - filled)
+
+
+def drawn_usage(username: str, report: JSONObject, ascii_only: bool) -> str:
+    """A usage report in 80 columns."""
+    used, limit = report["tokens_used"], report["token_limit"]
+    lines = [f"{username}: {used:,} of {limit:,} tokens used, {report['remaining']:,} left"]
+    lines.append(f"{bar(used, limit, 72, ascii_only)} {100 * used // limit:>5} %")
+    for by, name in (("by_day", "date"), ("by_model", "model"), ("by_key", "key")):
+        lines += ["", f"{name:<28} {'requests':>9} {'prompt':>12} {'completion':>12}"]
+        tokens = [row["prompt_tokens"] + row["completion_tokens"] for row in report[by]]
+        for row, part in zip(report[by], tokens, strict=True):
+            requests_, prompt, completion = (f"{row[column]:,}" for column in SUMS)
+            line = f"{str(row[name])[:28]:<28} {requests_:>9} {prompt:>12} {completion:>12} "
+            lines.append(line + bar(part, max(tokens), 14, ascii_only))
+    return "\n".join(lines) + "\n"
+
+
+def opencode_config(base_url: str, token_limit: int) -> JSONObject:
+    """OpenCode's configuration for this gate; 502 while no server is up.
+
+    An alias carries the real name as `id`: OpenCode's repairs for some models go by it.
+    """
+    upstreams, models = gate().upstreams, {}
+    for name in shown_models():
+        real = upstreams.resolved(name)
+        context = context_of(upstreams.models().get(real, {}))
+        limit = {"context": context, "output": min(context // 4, 32000, token_limit)}
+        models[name] = {"id": real, "name": name, "tool_call": True, "limit": limit}
+    default = next((alias for alias in upstreams.aliases if alias in models), next(iter(models)))
+    options = {"baseURL": f"{base_url}/v1", "apiKey": "{env:LLMGATE_API_KEY}"}
+    provider = {"npm": "@ai-sdk/openai-compatible", "name": "llmgate", "options": options}
+    config = {"$schema": "https://opencode.ai/config.json", "model": f"llmgate/{default}"}
+    config["small_model"] = config["model"]
+    return {**config, "provider": {"llmgate": {**provider, "models": models}}}
+
+
+@routes.get("/opencode.json")
+@api_key_required
+def opencode_json() -> JSONObject:
+    """A complete opencode.json for this gate."""
+    return opencode_config(request.host_url.rstrip("/"), g.caller.token_limit)
+
+
+# Prints the key that the environment holds, or asks for it on the terminal.
+OPENCODE_LOGIN = (
+    'if [ -z "$LLMGATE_API_KEY" ]; then printf "llmgate API key: " > /dev/tty; '
+    'read -r LLMGATE_API_KEY < /dev/tty; fi; printf %s "$LLMGATE_API_KEY"'
+)
+
+
+@routes.get("/.well-known/opencode")
+def well_known_opencode() -> JSONObject:
+    """What `opencode auth login URL` reads, without a key; 404 if OPENCODE_DISCOVERY is off."""
+    if gate().settings.opencode_discovery == "off":
+        raise APIError("not_found")
+    auth = {"command": ["sh", "-c", OPENCODE_LOGIN], "env": "LLMGATE_API_KEY"}
+    limit = gate().settings.default_token_limit
+    return {"auth": auth, "config": opencode_config(request.host_url.rstrip("/"), limit)}
+
+
+@routes.before_app_request
+def begin_request() -> None:
+    """When the request began, and its id."""
+    g.started, g.request_id = time.monotonic(), secrets.token_hex(16)
+
+
+@routes.after_app_request
+def end_request(response: Response) -> Response:
+    """The headers of every answer; the log line of those that were not relayed."""
+    response.headers["X-Request-Id"] = g.request_id
+    response.headers.setdefault("Cache-Control", "no-store")
+    if "relay" not in g:
+        name, ms = (
+            g.caller.username if "caller" in g else "-",
+            (time.monotonic() - g.started) * 1000,
+        )
+        what = (request.method, quote(request.path), response.status_code, ms)
+        log.info("%s %s %s %s %d, end %d ms", g.request_id, name, *what)
+    return response
+
+
+# ---- 8 App, server, command line ------------------------------------------------------------------
+# create_app() joins the parts; Server runs them under waitress and ends without losing a row; the
+# operator's commands work beside a running gate.
+
+
+def load_secret(settings: Settings, ledger: Ledger) -> str:
+    """The secret, from the settings or its 0600 file, made on first start; SettingsError."""
+    path = Path(SECRET_FILE)
+    if settings.jwt_secret_key:
+        return settings.jwt_secret_key
+    if not path.exists():
+        if ledger.query("SELECT id FROM users LIMIT 1"):
+            raise SettingsError(
+                f"{SECRET_FILE} is missing, but there are users: bring it back, or let all of them "
+                f"make new keys after: (umask 077; openssl rand -hex 32 > {SECRET_FILE})"
+            )
+        with suppress(FileExistsError):
+            path.touch(0o600, exist_ok=False)
+            path.write_text(secrets.token_hex(32))
+    try:
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+            log.warning("%s was open to other users of this machine; repaired", SECRET_FILE)
+        secret = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        raise SettingsError(f"{SECRET_FILE} must be a text file of the gate's own user") from None
+    if len(secret) < 32:
+        raise SettingsError(f"{SECRET_FILE} must hold 32 bytes or more: openssl rand -hex 32")
+    return secret
+
+
+def create_app(settings: Settings) -> Gate:
+    """The WSGI application; makes the tables and the secret where they are missing."""
+    app = Gate("llmgate", static_folder=None)
+    app.url_map.merge_slashes = False  # or /v1//models would be answered by a redirect
+    cast(Any, app.json).sort_keys = False
+    options: JSONObject = {"hide_parameters": True}  # or an error would log password hashes
+    options |= {"pool_size": 16, "max_overflow": 48, "pool_timeout": DB_TIMEOUT_S}
+    if settings.database_url.startswith("postgresql"):
+        options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": DB_TIMEOUT_S}}
+    else:  # a transaction begins where we say, not where the driver does
+        options |= {"connect_args": {"timeout": DB_TIMEOUT_S, "isolation_level": None}}
+    app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
+    app.config["TRUSTED_HOSTS"] = list(settings.allowed_hosts) or None
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+    db.init_app(app)
+    app.register_blueprint(routes)
+    app.register_error_handler(Exception, show_error)
+    with app.app_context():
+        app.settings, app.ledger = settings, Ledger(db.engine)
+        create_tables(db.engine)
+        app.keyring = Keyring(load_secret(settings, app.ledger), settings.jwt_expiration_hours)
+        app.throttle, app.upstreams = Throttle(), Upstreams(settings)
+        app.watcher = Watcher(app.ledger)
+        with app.ledger.session() as session:
+            key = session.scalar(sa.select(ApiKey).where(ApiKey.revoked_at.is_(None)).limit(1))
+        if key and not app.keyring.shown(key):
+            log.warning(
+                "the secret is not the one that made the stored keys: they work, but cannot"
+            )
+            log.warning("be shown again. Do all gates of this database have one JWT_SECRET_KEY?")
+    return app
+
+
+class LineFormatter(logging.Formatter):
+    """One line per record, without control characters, keys and JWTs."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line; what could begin another one is escaped."""
+        line = re.sub(r"(sk-llmgate-|eyJ)[\w.-]+", r"\1...", super().formatMessage(record))
+        return line if line.isprintable() else line.encode("unicode_escape").decode()
+
+
+class JSONErrorTask(waitress.task.ErrorTask):
+    """waitress's own refusals (a body or headers too large, no HTTP) in the contract's shape."""
+
+    def execute(self) -> None:
+        """Writes the error and closes the connection."""
+        error = self.request.error
+        body = APIError(CODES.get(error.code, "bad_request")).body()
+        self.status, self.content_length = f"{error.code} {error.reason}", len(body)
+        headers = {"Content-Type": "application/json", "X-Request-Id": secrets.token_hex(16)}
+        self.response_headers += headers.items()
+        self.set_close_on_finish()
+        self.write(body)
+
+
+class Channel(waitress.channel.HTTPChannel):
+    """A connection whose errors are JSON."""
+
+    error_task_class = JSONErrorTask
+
+
+class Server:
+    """One gate: bound when it is made, serving in run(), ended by drain() from any thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.handler: logging.Handler = logging.StreamHandler()
+        if settings.log_file != "-":
+            rotated = logging.handlers.RotatingFileHandler
+            self.handler = rotated(settings.log_file, "a", 10 << 20, 5, encoding="utf-8")
+        self.handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s"))
+        log.addHandler(self.handler)
+        log.setLevel(logging.INFO)
+        self.app = create_app(settings)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        try:
+            listening = socket.create_server((settings.host, settings.port), family=family)
+        except OSError as error:
+            raise SettingsError(f"HOST and PORT must be free: {error.strerror}") from None
+        host, port = listening.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._sockets: dict[int, Any] = {}
+        self.waitress = waitress.server.create_server(
+            self.app, map=self._sockets, sockets=[listening], **self._adjustments()
+        )
+        self.waitress.channel_class = Channel
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: gives up a caller who never reads
+            option = (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, settings.upstream_timeout * 1000)
+            self.waitress.adj.socket_options = [*self.waitress.adj.socket_options, option]
+
+    def _adjustments(self) -> JSONObject:
+        """waitress's settings where its own do not fit a relay."""
+        adjustments: JSONObject = {
+            "threads": self.settings.threads,
+            "asyncore_use_poll": True,  # select() ends the process at descriptor 1024
+            "channel_request_lookahead": 1,  # or a vanished caller is seen only when written to
+            "connection_limit": 4000,
+            "backlog": 1024,
+            "max_request_header_size": 65536,
+            "max_request_body_size": self.settings.max_body_mb << 20,
+            "outbuf_high_watermark": 1 << 20,  # what a slow reader may leave unread
+            "ident": None,
+            "clear_untrusted_proxy_headers": True,
+        }
+        if self.settings.trusted_proxy:
+            adjustments["trusted_proxy"] = self.settings.trusted_proxy
+            names = ("for", "host", "proto", "port")
+            adjustments["trusted_proxy_headers"] = {f"x-forwarded-{name}" for name in names}
+        return adjustments
+
+    def run(self) -> None:
+        """Serves until drain() has ended it and all is booked."""
+        watcher = self.app.watcher
+        watcher.start()
+        try:
+            self.waitress.run()
+        finally:
+            watcher.stopping.set()
+            watcher.join()
+            with suppress(APIError, *watcher.ledger.errors):
+                watcher.upkeep()
+            watcher.ledger.engine.dispose()
+            for upstream in self.app.upstreams.servers:
+                upstream.drop_idle()
+            log.removeHandler(self.handler)
+            self.handler.close()
+
+    def drain(self, grace_s: float = 30) -> None:
+        """Refuses new relays from now on, breaks off the running ones after `grace_s`, then stops."""
+        self.app.draining = True
+        threading.Thread(target=self._drain, args=(grace_s,), name="drain").start()
+
+    def _drain(self, grace_s: float) -> None:
+        """The rest of drain(), while waitress goes on serving."""
+        running, channels = self.app.watcher.running, self.waitress.active_channels
+        wait_until(lambda: not running, grace_s)
+        for relay in list(running):
+            relay.cut_by = APIError("draining")
+            relay.shutdown(socket.SHUT_RDWR)
+        wait_until(lambda: not running, 5)
+        busy = lambda channel: channel.requests or channel.total_outbufs_len  # noqa: E731
+        wait_until(lambda: not any(map(busy, list(channels.values()))), 2)
+        with suppress(OSError):  # the loop may end, and close its trigger, while we still pull
+            self.waitress.trigger.pull_trigger(self._stop)
+
+    def _stop(self) -> None:
+        """Ends waitress's loop, from inside it."""
+        self.waitress.task_dispatcher.shutdown()
+        self.waitress.asyncore.close_all(self._sockets)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Polls until the condition holds or the time is over."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def load_settings() -> Settings:
+    """Settings from the environment, then from .env in the current directory."""
+    from_file = {name: value or "" for name, value in dotenv_values(".env").items()}
+    return Settings.from_env({**from_file, **os.environ})
+
+
+def serve() -> None:
+    """Runs the gate until SIGTERM or Ctrl-C; a second signal stops it at once."""
+    server = Server(load_settings())
+
+    def end(*_: object) -> None:
+        if server.app.draining:
+            os._exit(1)
+        click.echo("Waiting up to 30 s for running answers; once more to stop now.", err=True)
+        server.drain()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # 1024 would be too few for 500 relays
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536), most))
+    click.echo(banner(server))
+    server.run()
+
+
+def banner(server: Server) -> str:
+    """The first lines: where the gate is, what it found, what to type next."""
+    settings, upstreams = server.settings, server.app.upstreams
+    models, looked = ", ".join(upstreams.models()), [server.url for server in upstreams.servers]
+    found = ", ".join(server.url for server in upstreams.servers if server.up)
+    none = f"none yet at {', '.join(looked)}\n          start one: vllm serve MODEL --port 8001"
+    register_line = f"""curl {server.url}/auth/register -H 'Content-Type: application/json' \\
+          -d '{{"username":"alice","password":"correct horse"}}'"""
+    closed = "closed; make accounts with: python llmgate.py create-user NAME"
+    return f"""llmgate   {server.url}
+models    {f"{models} at {found}" if found else none}
+database  {sa.make_url(settings.database_url).render_as_string()}, log {settings.log_file}
+register  {closed if settings.registration == "closed" else register_line}"""
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """User accounts, API keys and token quotas in front of a vLLM server.
+
+    Without a command: serves. Settings are environment variables or lines in .env; .env.example
+    lists them. Every command works while the gate runs.
+    """
+    if context.invoked_subcommand is None:
+        serve()
+    elif "--help" not in sys.argv:  # help makes no database
+        context.with_resource(create_app(load_settings()).app_context())
+
+
+NAME = click.argument("name")
+TOKENS = click.IntRange(1, MAX_BIGINT)
+
+
+def named_user(name: str) -> User:
+    """The user of a name; a click error if there is none."""
+    if (user := find_user(name)) is None:
+        raise click.ClickException(f"There is no user {name!r}; see: python llmgate.py users")
+    return user
+
+
+def asked_password() -> str:
+    """A password typed twice, or the first line of standard input."""
+    if sys.stdin.isatty():
+        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True))
+    return sys.stdin.readline().rstrip("\n")
+
+
+def ascii_terminal() -> bool:
+    """Whether standard output cannot show the blocks of a bar."""
+    return (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+
+
+def update_user(name: str, column: str, value: int | None) -> None:
+    """Sets a column of a user's row."""
+    user = named_user(name)
+    with gate().ledger.transaction() as execute:
+        sql = f"UPDATE users SET {column} = :value WHERE id = :id"
+        execute(sql, {"value": value, "id": user.id})
+
+
+@cli.command("create-tables")
+def create_tables_command() -> None:
+    """Make the tables and the secret where they are missing."""
+    click.echo("The tables are there.")
+
+
+@cli.command()
+@NAME
+@click.option("--token-limit", type=TOKENS, help="The quota, in tokens.")
+def create_user(name: str, token_limit: int | None) -> None:
+    """Make an account (password asked, or on stdin); print its key."""
+    limit = token_limit or gate().settings.default_token_limit
+    click.echo(register(name, asked_password(), limit)[1])
+
+
+@cli.command()
+def users() -> None:
+    """List all accounts with their quotas."""
+    sql = "SELECT id, username, tokens_used, token_limit, disabled_at FROM users ORDER BY id"
+    click.echo(f"{'id':>5} {'username':<24} {'used':>13} {'limit':>13}")
+    for user_id, name, used, limit, disabled_at in gate().ledger.query(sql):
+        drawn = bar(used, limit, 12, ascii_terminal()) + (" disabled" if disabled_at else "")
+        click.echo(f"{user_id:>5} {name[:24]:<24} {used:>13,} {limit:>13,} {drawn}")
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--days", type=click.IntRange(1, 366), default=30, show_default=True)
+def usage(name: str | None, days: int) -> None:
+    """Draw the usage of one account, or of all."""
+    ids = [named_user(name).id] if name else user_ids()
+    for caller in (Caller(*gate().ledger.query(CALLER_BY_ID, value=user_id)[0]) for user_id in ids):
+        report = usage_report(gate().ledger, caller, days)
+        click.echo(drawn_usage(caller.username, report, ascii_terminal()))
+
+
+def user_ids() -> list[int]:
+    """The ids of all users."""
+    return [row[0] for row in gate().ledger.query("SELECT id FROM users ORDER BY id")]
+
+
+@cli.command()
+@NAME
+@click.argument("token_limit", type=TOKENS)
+def set_limit(name: str, token_limit: int) -> None:
+    """Set the quota of an account, in tokens."""
+    update_user(name, "token_limit", token_limit)
+    click.echo(f"{name} may use {token_limit:,} tokens.")
+
+
+@cli.command()
+@NAME
+def disable(name: str) -> None:
+    """Refuse an account's keys and logins from now on."""
+    update_user(name, "disabled_at", int(time.time()))
+    click.echo(f"{name} is disabled.")
+
+
+@cli.command()
+@NAME
+def enable(name: str) -> None:
+    """Let a disabled account in again, with the same keys."""
+    update_user(name, "disabled_at", None)
+    click.echo(f"{name} is enabled.")
+
+
+@cli.command("reset-usage")
+@click.argument("name", required=False)
+@click.option("--all", "everyone", is_flag=True, help="All accounts.")
+def reset_usage_command(name: str | None, everyone: bool) -> None:
+    """Set the used tokens to 0; the rows stay, balanced by one more."""
+    if bool(name) == everyone:
+        raise click.UsageError("Give a NAME, or --all.")
+    for user_id in [named_user(name).id] if name else user_ids():
+        reset_usage(gate().ledger, user_id)
+    click.echo(f"{name or 'Everyone'} begins again at 0 tokens.")
+
+
+@cli.command("set-password")
+@NAME
+def set_password_command(name: str) -> None:
+    """Set a password (asked, or on stdin) and end the account's JWTs."""
+    set_password(named_user(name), hash_password(asked_password()))
+    click.echo(f"{name} has a new password.")
+
+
+CHECK_SUMS = """
+SELECT username, tokens_used, coalesce(sum(r.prompt_tokens + r.completion_tokens), 0),
+ tokens_reserved, coalesce(sum(r.reserved), 0) FROM users u LEFT JOIN usage r ON r.user_id = u.id
+ GROUP BY u.id, username, tokens_used, tokens_reserved ORDER BY u.id"""
+
+
+@cli.command()
+def check() -> None:
+    """Recount tokens_used from the rows; say what differs (exit status 1)."""
+    rows = [r for r in gate().ledger.query(CHECK_SUMS) if r[1] != r[2] or r[3] != r[4]]
+    for name, used, counted, reserved, held in rows:
+        click.echo(f"{name}: {used} used, rows say {counted}; {reserved} reserved, rows say {held}")
+    click.echo(f"{len(rows)} accounts differ from their rows.")
+    sys.exit(bool(rows))
+
+
+@cli.command("opencode-config")
+@NAME
+@click.option("--url", help="Where callers reach the gate.  [default: from HOST and PORT]")
+def opencode_config_command(name: str, url: str | None) -> None:
+    """Print an account's opencode.json."""
+    base_url = url or f"http://{gate().settings.host}:{gate().settings.port}"
+    config = opencode_config(base_url.rstrip("/"), named_user(name).token_limit)
+    click.echo(json.dumps(config, indent=2))
+
+
+def main() -> None:
+    """The command line; what the operator can mend is one line and exit status 2."""
+    os.umask(0o077)  # database, -wal, -shm, log and secret are the gate's alone
+    try:
+        cli()
+    except (SettingsError, APIError, sa.exc.SQLAlchemyError, OSError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        click.echo(f"llmgate: {reason}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

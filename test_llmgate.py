@@ -1,0 +1,3670 @@
+"""The tests of llmgate: the real server on a socket, a stand-in vLLM on a socket, no mocks.
+
+    pytest -q                                       all tests but the soak, under three minutes
+    pytest -q -m soak                               ten minutes of mixed load
+    python test_llmgate.py upstream [PORT]          the stand-in alone, for trying llmgate
+                                                    without a model (PORT is 8001 if not given)
+
+`LLMGATE_TEST_POSTGRES_URL` (postgresql+psycopg://user@/db?host=/socketdir) adds the cases that
+need PostgreSQL. Each of them makes a database of its own and drops it.
+
+After every test the books are read: see `complaints`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gc
+import gzip
+import hmac
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import select
+import selectors
+import socket
+import sqlite3
+import stat
+import statistics
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from email.message import Message
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar, cast
+
+import jwt
+import pytest
+import requests
+import sqlalchemy
+from requests.structures import CaseInsensitiveDict
+
+import llmgate
+
+with contextlib.suppress(ImportError):  # only the PostgreSQL cases need it
+    import psycopg
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+with warnings.catch_warnings():  # there is no pytest.ini in which a mark could be registered
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+    soak = pytest.mark.soak
+
+JSONObject = dict[str, Any]
+T = TypeVar("T")
+
+HERE = Path(llmgate.__file__).resolve().parent
+WORDS = [
+    "Hello!",
+    "I",
+    "am",
+    "a",
+    "stand-in",
+    "for",
+    "vLLM:",
+    "I",
+    "say",
+    "the",
+    "same",
+    "few",
+    "words",
+    "to",
+    "everyone,",
+    "one",
+    "token",
+    "at",
+    "a",
+    "time.",
+]
+PROMPT = "prompt-marker-5d1c"
+ANSWER = "I say the same few words"
+PASSWORD = "password-marker-88e0"
+UPSTREAM_KEY = "upstream-key-marker-31f7"
+FINGERPRINT = "vllm-0.32.0-b18e3f0e"
+MAX_MODEL_LEN = 8192
+CONTEXT_ERROR = (
+    "This model's maximum context length is 8192 tokens. However, your prompt contains at least "
+    "8193 input tokens, which exceeds this limit even without any output tokens. Please reduce "
+    "the length of the input prompt. (parameter=input_tokens, value=8193)"
+)
+ENGINE_ERROR = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
+
+# ---------------------------------------------------------------------------------------------
+# The stand-in vLLM. Its bytes are those of vLLM 0.32; the model's name chooses its behaviour. It
+# stops at once when its client hangs up, and counts a token when the event with it was written.
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How the stand-in answers for one model."""
+
+    most: int = 20  # completion tokens, unless max_tokens is less
+    pace_s: float = 0.0  # before each token
+    usage: str = "true"  # or "none", or "bad"
+    fault: str = ""  # what happens after three tokens, or instead of an answer
+    max_model_len: int = MAX_MODEL_LEN
+
+
+BEHAVIOURS = {
+    "ok": Behaviour(),
+    "org/tiny": Behaviour(),
+    "slow": Behaviour(most=400, pace_s=0.05),
+    "paced": Behaviour(most=50, pace_s=0.02),
+    "spaced": Behaviour(most=4, pace_s=0.3),
+    "long": Behaviour(most=50, pace_s=0.01, max_model_len=131072),
+    "echo": Behaviour(most=1000),
+    "lumpy": Behaviour(),
+    "nousage": Behaviour(usage="none"),
+    "badusage": Behaviour(usage="bad"),
+    "nostreamopts": Behaviour(pace_s=0.02),
+    "silent": Behaviour(fault="silence"),
+    "die": Behaviour(fault="cut"),
+    "dieclean": Behaviour(fault="clean end"),
+    "midstream": Behaviour(fault="error event"),
+    "e400": Behaviour(fault="400"),
+    "e401": Behaviour(fault="401"),
+    "e500": Behaviour(fault="500"),
+    "redir": Behaviour(fault="redirect"),
+    "gzip": Behaviour(fault="gzip"),
+    "garbage": Behaviour(fault="html"),
+    "badjson": Behaviour(fault="half a body"),
+    "endless": Behaviour(fault="endless line"),
+}
+
+
+@dataclass
+class Exchange:
+    """One request that the stand-in got, and what it wrote."""
+
+    method: str
+    path: str
+    headers: Message
+    body: bytes
+    opened_at: float = field(default_factory=time.monotonic)
+    closed_at: float | None = None
+    left: bool = False  # the client hung up before the end
+    tokens: int = 0  # prompt and completion, of what was written
+    sent: list[tuple[float, bytes]] = field(default_factory=list)
+
+    def json(self) -> JSONObject:
+        """Return the body that was asked."""
+        return cast(JSONObject, json.loads(self.body))
+
+    def answer(self) -> bytes:
+        """Return the body that was written, without the framing."""
+        return b"".join(event for _, event in self.sent)
+
+
+class Refused(Exception):
+    """An error answer of vLLM: status, message, type, param."""
+
+
+class Upstream(ThreadingHTTPServer):
+    """The stand-in on a port; a context manager that serves in a thread."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+
+    def __init__(self, port: int = 0, *, pace_s: float = 0.0, idle_s: float = 5.0) -> None:
+        """Bind to `port` (0: any); `pace_s` is for models without a pace of their own."""
+        super().__init__(("127.0.0.1", port), UpstreamHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.pace_s = pace_s
+        self.idle_s = idle_s
+        self.redirect_to = ""
+        self.keeps_bytes = True  # of the answers, for tests that compare them
+        self.exchanges: list[Exchange] = []
+        self.connections: set[socket.socket] = set()
+
+    def __enter__(self) -> Self:
+        """Serve until the block ends."""
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop, and hang up on everyone."""
+        self.shutdown()
+        self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Remember the connection, so that `__exit__` can end it."""
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget the connection."""
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep quiet about clients that vanish; their exchange says so."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+    def asked(self) -> list[Exchange]:
+        """Return the requests that cost something: all but the looks at models and health."""
+        return [x for x in self.exchanges if x.method == "POST" and x.path != "/tokenize"]
+
+    def running(self) -> int:
+        """Return how many requests are being answered."""
+        return sum(x.closed_at is None for x in self.exchanges)
+
+    def tokens(self) -> dict[str, int]:
+        """Return the tokens written for each X-Request-Id."""
+        counts: dict[str, int] = {}
+        for x in list(self.exchanges):
+            name = x.headers.get("X-Request-Id", "")
+            counts[name] = counts.get(name, 0) + x.tokens
+        return counts
+
+
+class UpstreamHandler(BaseHTTPRequestHandler):
+    """One connection to the stand-in."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Upstream
+    exchange: Exchange
+
+    def setup(self) -> None:
+        """Watch the socket for a client that hangs up, even by half."""
+        super().setup()
+        self.connection.settimeout(self.server.idle_s)
+        self.hangup = select.poll()
+        self.hangup.register(self.connection, select.POLLRDHUP)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing."""
+
+    def do_GET(self) -> None:
+        """Answer one request and note its end, whatever happened."""
+        self.connection.settimeout(None)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.exchange = Exchange(self.command, self.path, self.headers, body)
+        self.server.exchanges.append(self.exchange)
+        try:
+            self.route()
+        except Refused as refused:
+            self.refuse(*refused.args)
+        except OSError:
+            self.exchange.left = True
+            self.close_connection = True
+        finally:
+            self.exchange.closed_at = time.monotonic()
+            self.connection.settimeout(self.server.idle_s)
+
+    do_POST = do_PUT = do_DELETE = do_HEAD = do_GET
+
+    def route(self) -> None:
+        """Choose the answer by method and path, as vLLM would."""
+        match (self.command, self.path):
+            case ("GET", "/health"):
+                self.reply(200, b"", "")
+            case ("GET", "/v1/models"):
+                self.reply_json(200, {"object": "list", "data": self.models()})
+            case ("POST", "/v1/chat/completions" | "/v1/completions"):
+                self.generate(self.parse())
+            case ("POST", "/v1/embeddings"):
+                self.embed(self.parse())
+            case ("POST", "/tokenize"):
+                count = sum(prompt_tokens(self.parse()))
+                self.reply_json(
+                    200,
+                    {
+                        "count": count,
+                        "max_model_len": MAX_MODEL_LEN,
+                        "tokens": list(range(min(count, MAX_MODEL_LEN))),
+                        "token_strs": None,
+                    },
+                )
+            case _:
+                self.reply_json(404, {"detail": "Not Found"})
+
+    def models(self) -> list[JSONObject]:
+        """Return vLLM's model list; `root` is a path on its disk."""
+        return [
+            {
+                "id": model,
+                "object": "model",
+                "created": 1795332929,
+                "owned_by": "vllm",
+                "root": f"/models/{model}",
+                "parent": None,
+                "max_model_len": behaviour.max_model_len,
+                "permission": [{"id": "modelperm-8d6a", "object": "model_permission"}],
+            }
+            for model, behaviour in BEHAVIOURS.items()
+        ]
+
+    def parse(self) -> JSONObject:
+        """Return the body, or refuse it with vLLM's words."""
+        try:
+            body = json.loads(self.exchange.body)
+        except ValueError:
+            raise Refused(400, "1 validation error: json_invalid", "Bad Request", "body") from None
+        if not isinstance(body, dict):
+            raise Refused(400, "1 validation error: dict_type", "Bad Request", "body")
+        model = body.get("model") or "ok"
+        if model not in BEHAVIOURS:
+            words = f"The model `{model}` does not exist. Valid aliases: ok."
+            raise Refused(404, words, "NotFoundError", "model")
+        return body | {"model": model}
+
+    def generate(self, body: JSONObject) -> None:
+        """Answer a chat or a completion, plain or streamed."""
+        behaviour = BEHAVIOURS[body["model"]]
+        if self.strange_answer(behaviour.fault):
+            return
+        answer = Answer(body, behaviour, chat=self.path == "/v1/chat/completions")
+        if behaviour.pace_s == 0:
+            answer.pace_s = self.server.pace_s
+        if answer.stream:
+            self.stream(answer)
+        else:
+            self.plain(answer)
+
+    def strange_answer(self, fault: str) -> bool:
+        """Give the answer of a faulty upstream; return whether there was one."""
+        match fault:
+            case "400":
+                self.refuse(400, CONTEXT_ERROR, "BadRequestError", "input_tokens")
+            case "401":
+                self.reply_json(401, {"error": "Unauthorized"})
+            case "500":
+                self.refuse(500, ENGINE_ERROR, "InternalServerError", None)
+            case "redirect":
+                self.reply(307, b"", "", f"location: {self.server.redirect_to}{self.path}\r\n")
+            case "html":
+                self.reply(200, b"<html>hello</html>", "text/html")
+            case "half a body":
+                self.reply(200, b'{"id":"chatcmpl-1","choices":[', "application/json")
+            case "endless line":
+                self.start_stream()
+                while True:
+                    self.chunk(b"x" * 65536)
+            case _:
+                return False
+        return True
+
+    def plain(self, answer: Answer) -> None:
+        """Write one whole answer after the time its tokens take."""
+        if answer.behaviour.fault == "silence":
+            self.wait(None)
+        self.wait(answer.pace_s * answer.count)
+        body = dump(answer.whole())
+        if answer.behaviour.fault in ("cut", "clean end"):
+            self.write_head(200, "application/json", f"content-length: {len(body)}\r\n")
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+            return
+        if answer.behaviour.fault == "gzip":
+            self.reply(200, gzip.compress(body), "application/json", "content-encoding: gzip\r\n")
+        else:
+            self.reply(200, body, "application/json")
+        self.exchange.tokens = answer.prompt + answer.count * answer.choices
+
+    def stream(self, answer: Answer) -> None:
+        """Write one event per token, each as one chunk, at the model's pace."""
+        self.start_stream()
+        self.exchange.tokens = 0
+        due = time.monotonic()
+        lumps = b": keep-alive\n\n"
+        for position, event in answer.events():
+            if position == 4 and answer.behaviour.fault:
+                self.fail(answer.behaviour.fault)
+                return
+            if position:
+                due += answer.pace_s
+            self.wait(max(0.0, due - time.monotonic()))
+            if answer.body["model"] == "lumpy":
+                lumps += event
+                while len(lumps) > 700:
+                    self.chunk(lumps[:700])
+                    lumps = lumps[700:]
+            else:
+                self.chunk(event)
+            self.exchange.tokens += bool(position) + (not self.exchange.tokens) * answer.prompt
+        if answer.body["model"] == "lumpy":
+            self.chunk(lumps)
+        self.chunk(b"data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def fail(self, fault: str) -> None:
+        """End a stream after three tokens in one of the ways that upstreams do."""
+        if fault == "silence":
+            self.wait(None)
+        if fault == "cut":
+            self.wfile.write(b'ff\r\ndata: {"id":')
+            self.close_connection = True
+        if fault == "error event":
+            error = {"message": ENGINE_ERROR, "type": "InternalServerError", "param": None}
+            self.chunk(b"data: " + dump({"error": error | {"code": 500}}) + b"\n\n")
+            self.chunk(b"data: [DONE]\n\n")
+        if fault != "cut":
+            self.wfile.write(b"0\r\n\r\n")
+
+    def embed(self, body: JSONObject) -> None:
+        """Answer with one short vector per input."""
+        counts = prompt_tokens(body)
+        vectors = [
+            {"index": index, "object": "embedding", "embedding": [0.25, -0.5]}
+            for index in range(len(counts))
+        ]
+        answer = {"id": "embd-1", "object": "list", "created": 1795332949, "model": body["model"]}
+        usage = {"prompt_tokens": sum(counts), "total_tokens": sum(counts), "completion_tokens": 0}
+        self.reply_json(200, answer | {"data": vectors, "usage": usage})
+        self.exchange.tokens = sum(counts)
+
+    def wait(self, seconds: float | None) -> None:
+        """Let time pass (None: for ever); a client that hangs up ends the answer."""
+        if self.hangup.poll(None if seconds is None else seconds * 1000):
+            raise ConnectionAbortedError
+
+    def refuse(self, status: int, message: str, type: str, param: str | None) -> None:
+        """Write vLLM's error object, whose code is the status."""
+        error = {"message": message, "type": type, "param": param, "code": status}
+        self.reply_json(status, {"error": error})
+
+    def reply_json(self, status: int, body: JSONObject) -> None:
+        """Write `body` as vLLM writes JSON."""
+        self.reply(status, dump(body), "application/json")
+
+    def reply(self, status: int, body: bytes, content_type: str, headers: str = "") -> None:
+        """Write one whole answer."""
+        self.write_head(status, content_type, f"content-length: {len(body)}\r\n{headers}")
+        self.exchange.sent.append((time.monotonic(), body))
+        self.wfile.write(body)
+
+    def start_stream(self) -> None:
+        """Write the head of an event stream."""
+        self.write_head(200, "text/event-stream; charset=utf-8", "transfer-encoding: chunked\r\n")
+
+    def chunk(self, event: bytes) -> None:
+        """Write `event` as one HTTP chunk and note when."""
+        if self.server.keeps_bytes:
+            self.exchange.sent.append((time.monotonic(), event))
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+
+    def write_head(self, status: int, content_type: str, headers: str) -> None:
+        """Write the status line and the headers that uvicorn writes."""
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        head += f"date: {formatdate(usegmt=True)}\r\nserver: uvicorn\r\n"
+        head += f"content-type: {content_type}\r\n" if content_type else ""
+        head += "connection: close\r\n" if self.close_connection else ""
+        self.wfile.write((head + headers + "\r\n").encode())
+
+
+class Answer:
+    """What the stand-in will say to one chat or completion; refuses what vLLM refuses."""
+
+    def __init__(self, body: JSONObject, behaviour: Behaviour, *, chat: bool) -> None:
+        """Read the fields that matter; `chat` tells the endpoint."""
+        self.body, self.behaviour, self.chat = body, behaviour, chat
+        self.pace_s = behaviour.pace_s
+        self.stream = body.get("stream") is True
+        self.options = body.get("stream_options") or {}
+        counts = prompt_tokens(body)
+        self.prompt = sum(counts)
+        self.choices = whole_number(body, "n", 1) * len(counts)
+        self.pieces = self.text()
+        asked = body.get("max_completion_tokens")
+        name = "max_tokens" if asked is None else "max_completion_tokens"
+        self.asked = whole_number(body, name, behaviour.max_model_len)
+        self.count = min(self.asked, len(self.pieces))
+        self.refuse_as_vllm_does(name)
+        self.head: JSONObject = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{random.getrandbits(64):016x}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": body["model"],
+        }
+
+    def refuse_as_vllm_does(self, name: str) -> None:
+        """Raise for a missing prompt, options without a stream, or too many tokens."""
+        prompt = "messages" if self.chat else "prompt"
+        if not self.body.get(prompt):
+            words = f"1 validation error:\n  {{'type': 'missing', 'loc': 'body.{prompt}'}}"
+            raise Refused(400, words, "Bad Request", f"body.{prompt}")
+        most = self.behaviour.max_model_len
+        if self.asked > most:
+            words = (
+                f"{name}={self.asked} cannot be greater than max_model_len={most}. "
+                f"Please request fewer output tokens. (parameter={name}, value={self.asked})"
+            )
+            raise Refused(400, words, "BadRequestError", name)
+        if self.prompt >= most:
+            raise Refused(400, CONTEXT_ERROR, "BadRequestError", "input_tokens")
+        if self.options and not self.stream:
+            words = "Stream options can only be defined when `stream=True`."
+            raise Refused(400, words, "BadRequestError", "stream_options")
+        if self.body["model"] == "nostreamopts" and "continuous_usage_stats" in self.options:
+            words = "1 validation error: continuous_usage_stats: Extra inputs are not permitted"
+            raise Refused(400, words, "Bad Request", "body.stream_options")
+
+    def text(self) -> list[str]:
+        """Return the tokens of one choice: the prompt for `echo`, else the same few words."""
+        if self.body["model"] == "echo":
+            said = "".join(prompt_texts(self.body))
+            return [said[at : at + 8] for at in range(0, len(said), 8)]
+        words = itertools.cycle(WORDS)
+        return [next(words) + " " for _ in range(self.behaviour.most)]
+
+    def piece(self, position: int) -> str:
+        """Return one token; of `paced` with the prompt's last word and the time."""
+        if self.body["model"] == "paced":
+            return f"{prompt_texts(self.body)[-1].split()[-1]} {time.monotonic():.6f} "
+        return self.pieces[position]
+
+    def finish_reason(self) -> str:
+        """Return "length" when max_tokens ended the answer."""
+        return "length" if self.count == self.asked else "stop"
+
+    def usage(self, completion: int) -> JSONObject:
+        """Return the usage block of a final event, true or bad."""
+        if self.behaviour.usage == "bad":
+            return {"prompt_tokens": -5, "completion_tokens": "9", "total_tokens": 1e30}
+        return {
+            "prompt_tokens": self.prompt,
+            "total_tokens": self.prompt + completion,
+            "completion_tokens": completion,
+        }
+
+    def whole(self) -> JSONObject:
+        """Return the plain answer, its keys in vLLM's order."""
+        said = "".join(self.piece(position) for position in range(self.count))
+        message = {"role": "assistant", "content": said, "refusal": None, "annotations": None}
+        message |= {"audio": None, "function_call": None, "reasoning": None}
+        content = {"message": message} if self.chat else {"text": said}
+        end = {"logprobs": None, "finish_reason": self.finish_reason(), "stop_reason": None}
+        choices = [{"index": index} | content | end for index in range(self.choices)]
+        answer = self.head | {"choices": choices, "service_tier": None}
+        answer["system_fingerprint"] = FINGERPRINT
+        if self.behaviour.usage != "none":
+            details = {"prompt_tokens_details": None, "completion_tokens_details": None}
+            answer["usage"] = self.usage(self.count * self.choices) | details
+        return answer | {"kv_transfer_params": None, "metrics": None}
+
+    def events(self) -> Iterator[tuple[int, bytes]]:
+        """Yield each event with the number of its token (0: carries none)."""
+        include = self.options.get("include_usage") is True and self.behaviour.usage != "none"
+        continuous = include and self.options.get("continuous_usage_stats") is True
+        if self.chat:
+            self.head["object"] = "chat.completion.chunk"
+            for index in range(self.choices):
+                yield 0, self.event(self.first(index), continuous, 0, ROLE_EVENT_END)
+        for position in range(1, self.count + 1):
+            for index in range(self.choices):
+                last = position == self.count
+                fingerprint = {"system_fingerprint": FINGERPRINT} if last and not include else {}
+                yield (
+                    position,
+                    self.event(self.token(index, position), continuous, position, fingerprint),
+                )
+        if include:
+            usage = {"usage": self.usage(self.count * self.choices)}
+            end = self.head | {"choices": []} | usage | {"system_fingerprint": FINGERPRINT}
+            yield 0, b"data: " + dump(end) + b"\n\n"
+
+    def event(self, choice: JSONObject, continuous: bool, count: int, end: JSONObject) -> bytes:
+        """Return one event; its usage counts the tokens of this choice only, as vLLM's."""
+        body = self.head | {"choices": [choice]}
+        if continuous:
+            body["usage"] = self.usage(count) | {"completion_tokens_details": None}
+        return b"data: " + dump(body | end) + b"\n\n"
+
+    def first(self, index: int) -> JSONObject:
+        """Return the choice that opens a chat stream."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def token(self, index: int, position: int) -> JSONObject:
+        """Return the choice with one token; the last one says why it ended."""
+        said = self.piece(position - 1)
+        choice: JSONObject = {"index": index}
+        choice |= {"delta": {"content": said}} if self.chat else {"text": said}
+        choice |= {"logprobs": None, "finish_reason": None}
+        if position == self.count:
+            choice |= {"finish_reason": self.finish_reason(), "stop_reason": None}
+        return choice | {"token_ids": None}
+
+
+ROLE_EVENT_END: JSONObject = {"prompt_token_ids": None, "prompt_text": None}
+
+
+def dump(value: JSONObject) -> bytes:
+    """Return `value` as vLLM writes it: no spaces, raw UTF-8."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def prompt_texts(body: JSONObject) -> list[str]:
+    """Return the texts of all messages, prompts or inputs."""
+    if "messages" in body:
+        if not all(isinstance(message, dict) for message in body["messages"]):
+            raise Refused(400, "1 validation error: dict_type", "Bad Request", "body.messages")
+        return [str(message.get("content")) for message in body["messages"]]
+    prompt = body.get("prompt", body.get("input")) or ""
+    return list(prompt) if isinstance(prompt, list) else [prompt]
+
+
+def prompt_tokens(body: JSONObject) -> list[int]:
+    """Count the prompts' tokens: a quarter of the bytes, never less than ten; messages are one."""
+    texts = prompt_texts(body)
+    if "messages" in body:
+        texts = ["".join(texts)]
+    return [max(10, len(text.encode()) // 4) for text in texts]
+
+
+def whole_number(body: JSONObject, name: str, default: int) -> int:
+    """Return a field of at least 1, or refuse it with vLLM's words."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int):
+        words = "1 validation error: Input should be a valid integer"
+        raise Refused(400, words, "Bad Request", f"body.{name}")
+    if value < 1:
+        words = f"{name} must be at least 1, got {value}. (parameter={name}, value={value})"
+        raise Refused(400, words, "BadRequestError", name)
+    return value
+
+
+def serve_upstream(port: int) -> None:
+    """Serve the stand-in in the foreground, at the pace of a person reading."""
+    server = Upstream(port, pace_s=0.08)
+    print(
+        f"A stand-in vLLM serves on {server.url}/v1, no model inside. Ctrl-C ends it.", flush=True
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+# ---------------------------------------------------------------------------------------------
+# Gates, and the books that must be right after every test. A gate runs in this process, where a
+# fault of its threads fails the test, or as the process that a user starts.
+
+
+class Gate:
+    """A running llmgate, with what a test needs to talk to it and to read its database."""
+
+    def __init__(
+        self, url: str, env: Mapping[str, str], directory: Path, upstream: Upstream
+    ) -> None:
+        """Keep where it listens, what it was told, where it writes, and what stands behind it."""
+        self.url, self.env, self.directory, self.upstream = url, env, directory, upstream
+        self.database_url = env.get("DATABASE_URL", f"sqlite:///{directory / 'llmgate.db'}")
+        self.log = directory / "server.log"
+        self.secrets = {PASSWORD, PROMPT, ANSWER, UPSTREAM_KEY}
+        self.expected_5xx: set[int] = set()
+        self.seen_5xx: set[int] = set()
+        self.may_log_traceback = False
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Return host and port."""
+        parts = urllib.parse.urlsplit(self.url)
+        return str(parts.hostname), int(parts.port or 80)
+
+    def rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        """Return the rows of one SELECT, straight from the database; `?` marks a value."""
+        return query(self.database_url, sql, *values)
+
+    def usage(self, user: User | None = None) -> list[UsageRow]:
+        """Return the usage rows, of one user or of all, oldest first."""
+        who, values = ("WHERE user_id = ?", (user.id,)) if user else ("", ())
+        columns = ", ".join(item.name for item in fields(UsageRow))
+        order = "ORDER BY created_at, request_id"
+        return [
+            UsageRow(*row)
+            for row in self.rows(f"SELECT {columns} FROM usage {who} {order}", *values)
+        ]
+
+    def row(self, reply: Reply) -> UsageRow:
+        """Return the final row of an answer, waiting until it is booked."""
+        name = reply.headers["X-Request-Id"]
+        wait_until(
+            lambda: any(r.request_id == name and r.status != "pending" for r in self.usage())
+        )
+        return next(row for row in self.usage() if row.request_id == name)
+
+    def tokens_used(self, user: User) -> int:
+        """Return the user's counter."""
+        return int(self.rows("SELECT tokens_used FROM users WHERE id = ?", user.id)[0][0])
+
+    def reserved(self) -> int:
+        """Return what all users hold in reserve."""
+        return int(self.rows("SELECT coalesce(sum(tokens_reserved), 0) FROM users")[0][0])
+
+    def complaints(self) -> list[str]:
+        """Say what is wrong with the books of a gate at rest; an empty list is a pass."""
+        found = [
+            f"{name}: tokens_used {used}, rows {total}, reserved {reserved}"
+            for name, used, reserved, total in self.rows(
+                "SELECT u.username, u.tokens_used, u.tokens_reserved,"
+                " coalesce(sum(r.prompt_tokens + r.completion_tokens), 0) FROM users u"
+                " LEFT JOIN usage r ON r.user_id = u.id"
+                " GROUP BY u.id, u.username, u.tokens_used, u.tokens_reserved"
+            )
+            if used != total or reserved
+        ]
+        counted = self.upstream.tokens()
+        for row in self.usage():
+            if row.status == "pending" or row.reserved:
+                found.append(f"not closed: {row}")
+            elif not row.agrees_with(counted.get(row.request_id, 0)):
+                found.append(f"vLLM counted {counted.get(row.request_id)}: {row}")
+        if self.upstream.running():
+            found.append(f"vLLM still answers {self.upstream.running()} requests")
+        return found
+
+    def settle(self, timeout: float = 3.0) -> None:
+        """Wait until nothing runs, and fail unless the books are right then."""
+        deadline = time.monotonic() + timeout
+        while self.complaints() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert self.complaints() == []
+
+    def check_output(self, *others: Path) -> None:
+        """Fail for a secret or a stack trace in what the gate wrote, or an unexpected 5xx."""
+        assert self.seen_5xx <= self.expected_5xx
+        for path in (self.log, *others):
+            text = path.read_text(errors="replace") if path.exists() else ""
+            leaked = [secret for secret in self.secrets if secret in text]
+            assert not leaked, f"{leaked} in {path.name}"
+            assert self.may_log_traceback or "Traceback" not in text, text[-3000:]
+
+
+@dataclass(frozen=True)
+class UsageRow:
+    """One row of the table usage."""
+
+    request_id: str
+    user_id: int
+    api_key_id: int | None
+    model: str
+    endpoint: str
+    stream: int
+    status: str
+    estimated: int
+    reserved: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total(self) -> int:
+        """Return what was charged."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def agrees_with(self, counted: int) -> bool:
+        """Return whether the charge is vLLM's count; of a lost row it is the last checkpoint."""
+        if self.estimated or self.endpoint == "reset-usage":
+            return True
+        return self.total <= counted if self.status == "lost" else self.total == counted
+
+
+def query(database_url: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
+    """Return the rows of one SELECT with `?` marks from SQLite or PostgreSQL."""
+    if database_url.startswith("sqlite"):
+        with contextlib.closing(sqlite3.connect(database_url.removeprefix("sqlite:///"))) as db:
+            return db.execute(sql, values).fetchall()
+    with psycopg.connect(database_url.replace("+psycopg", "")) as connection:
+        return connection.execute(sql.replace("?", "%s").encode(), values).fetchall()
+
+
+class ThreadedGate(Gate):
+    """A gate in a thread of this process."""
+
+    stopped = False  # by the test itself
+
+    def __init__(self, env: Mapping[str, str], upstream: Upstream) -> None:
+        """Start it; it serves when this returns."""
+        settings = llmgate.Settings.from_env(env)
+        self.server = llmgate.Server(settings)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        super().__init__(self.server.url, env, Path(env["LOG_FILE"]).parent, upstream)
+
+    def stop(self) -> None:
+        """Drain it, unless the test did; nothing of it may be left."""
+        if not self.stopped:
+            self.server.drain(1)
+        self.thread.join(10)
+        assert not self.thread.is_alive(), "the gate did not stop"
+
+
+class ProcessGate(Gate):
+    """A gate as a user starts it: `python llmgate.py` in a directory."""
+
+    def __init__(self, env: Mapping[str, str], directory: Path, upstream: Upstream) -> None:
+        """Start it and wait for the line with its URL."""
+        self.output = directory / "stdout"
+        self.errors = directory / "stderr"
+        with self.output.open("wb") as output, self.errors.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "llmgate.py")],
+                cwd=directory,
+                env=clean_env() | dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+            )
+        wait_until(lambda: "http://" in self.output.read_text() or self.ended(), 10)
+        match = re.search(r"http://[\w.]+:\d+", self.output.read_text())
+        assert match, self.errors.read_text()
+        super().__init__(match[0], env, directory, upstream)
+
+    def ended(self) -> bool:
+        """Return whether the process is gone."""
+        return self.process.poll() is not None
+
+    def stop(self) -> None:
+        """SIGTERM; it must end by itself and say that all is well."""
+        self.process.terminate()
+        assert self.process.wait(10) == 0, self.errors.read_text()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def descriptors(self) -> int:
+        """Return how many files and sockets it has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+def clean_env() -> dict[str, str]:
+    """Return this process's environment without any setting of llmgate."""
+    names = {item.name.upper() for item in fields(llmgate.Settings)}
+    return {name: value for name, value in os.environ.items() if name not in names}
+
+
+def resources() -> Counter[str]:
+    """Return the kinds of open descriptors and the running threads of this process."""
+    found = Counter(re.sub(r"[-_]\d+", "", thread.name) for thread in threading.enumerate())
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[re.sub(r":\[\d+\]", "", os.readlink(f"/proc/self/fd/{number}"))] += 1
+    return found
+
+
+@pytest.fixture(scope="session")
+def standing_upstream() -> Iterator[Upstream]:
+    """One stand-in for the whole run."""
+    with Upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def upstream(standing_upstream: Upstream) -> Upstream:
+    """The stand-in, with a clean slate."""
+    standing_upstream.exchanges = []
+    return standing_upstream
+
+
+@pytest.fixture
+def make_gate(upstream: Upstream, tmp_path: Path) -> Iterator[Callable[..., ThreadedGate]]:
+    """A factory of gates in this process, `make_gate(NAME=value)`; checks all books at the end."""
+    gates: list[ThreadedGate] = []
+    before = resources()
+
+    def make(**settings: str) -> ThreadedGate:
+        gate = ThreadedGate(default_env(tmp_path, upstream) | settings, upstream)
+        gates.append(gate)
+        return gate
+
+    yield make
+    try:
+        for gate in gates:
+            assert gate.stopped or gate.thread.is_alive(), "the gate died"
+            gate.settle()
+    finally:
+        for gate in gates:
+            gate.stop()
+    for gate in gates:
+        gate.check_output()
+    deadline = time.monotonic() + 3
+    while (left := resources() - before) and time.monotonic() < deadline:
+        gc.collect()  # a connection may wait for it in a cycle of references
+        time.sleep(0.02)
+    assert not left, "left behind by the gate"
+
+
+def default_env(directory: Path, upstream: Upstream) -> dict[str, str]:
+    """Return the settings of a gate for tests: its own database, log and secret, any port."""
+    return {
+        "PORT": "0",
+        "DATABASE_URL": f"sqlite:///{directory / 'llmgate.db'}",
+        "LOG_FILE": str(directory / "server.log"),
+        "JWT_SECRET_KEY": JWT_SECRET,
+        "VLLM_ENDPOINT": upstream.url,
+        "VLLM_API_KEY": UPSTREAM_KEY,
+        "THREADS": "80",
+    }
+
+
+JWT_SECRET = "secret-marker-2b60" + "0" * 32
+
+
+@pytest.fixture
+def gate(make_gate: Callable[..., ThreadedGate]) -> ThreadedGate:
+    """A gate with default settings and an empty database."""
+    return make_gate()
+
+
+@pytest.fixture
+def start_process(upstream: Upstream, tmp_path: Path) -> Iterator[Callable[..., ProcessGate]]:
+    """A factory of gates as processes; checks their books and output, unless they were killed."""
+    gates: list[ProcessGate] = []
+
+    def start(directory: Path = tmp_path, **settings: str) -> ProcessGate:
+        env = {"PORT": "0", "VLLM_ENDPOINT": upstream.url, "VLLM_API_KEY": UPSTREAM_KEY}
+        gate = ProcessGate(env | settings, directory, upstream)
+        gates.append(gate)
+        return gate
+
+    try:
+        yield start
+        for gate in gates:
+            if not gate.ended():
+                gate.settle()
+                gate.stop()
+                gate.check_output(gate.output, gate.errors)
+    finally:
+        for gate in gates:
+            gate.kill()
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """The URL of a fresh PostgreSQL database, dropped at the end."""
+    url = os.environ.get("LLMGATE_TEST_POSTGRES_URL", "")
+    if not url:
+        pytest.skip("LLMGATE_TEST_POSTGRES_URL is not set: no PostgreSQL to test with")
+    name = f"llmgate_test_{random.getrandbits(48):012x}"
+    server = url.replace("+psycopg", "")
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+        yield sqlalchemy.make_url(url).set(database=name).render_as_string(hide_password=False)
+        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
+
+
+# ---------------------------------------------------------------------------------------------
+# Verbs. A test says what it does in the words of the contract.
+
+
+class Reply(Protocol):
+    """What a test reads of an answer, whether `requests` or a raw socket got it."""
+
+    @property
+    def status_code(self) -> int:
+        """The HTTP status."""
+
+    @property
+    def headers(self) -> CaseInsensitiveDict[str]:
+        """The headers, whatever their case."""
+
+    @property
+    def content(self) -> bytes:
+        """The body."""
+
+
+@dataclass(frozen=True)
+class RawReply:
+    """An answer read from a raw socket."""
+
+    status_code: int
+    headers: CaseInsensitiveDict[str]
+    content: bytes
+
+
+@dataclass(frozen=True)
+class User:
+    """An account that a test made."""
+
+    id: int
+    name: str
+    password: str
+    key: str
+
+
+def wait_until(ready: Callable[[], object], timeout: float = 3.0) -> None:
+    """Poll until `ready()` holds; fail after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline, f"did not happen within {timeout} s"
+        time.sleep(0.01)
+
+
+def best_of_three(measure: Callable[[], float], limit: float) -> float:
+    """Return the least of up to three measurements; other programs may need the same cores."""
+    measured = [measure()]
+    while min(measured) >= limit and len(measured) < 3:
+        measured.append(measure())
+    return min(measured)
+
+
+def call(
+    gate: Gate, method: str, path: str, bearer: str | bytes = "", **options: Any
+) -> requests.Response:
+    """Send one request on a connection of its own; `options` as for `requests`."""
+    headers = dict(options.pop("headers", {}))
+    if bearer:
+        prefix: Any = b"Bearer " if isinstance(bearer, bytes) else "Bearer "
+        headers["Authorization"] = prefix + bearer
+    options = {"timeout": 60, "allow_redirects": False} | options
+    with requests.Session() as session:
+        session.trust_env = False
+        answer = session.request(method, gate.url + path, headers=headers, **options)
+    if answer.status_code >= 500:
+        gate.seen_5xx.add(answer.status_code)
+    return answer
+
+
+USER_NUMBERS = itertools.count(1)
+
+
+def register(gate: Gate, name: str = "", password: str = PASSWORD, **fields: object) -> User:
+    """Make an account; `fields` may hold token_limit."""
+    name = name or f"user-{next(USER_NUMBERS)}"
+    body = {"username": name, "password": password} | fields
+    answer = call(gate, "POST", "/auth/register", json=body)
+    assert answer.status_code == 201, answer.text
+    gate.secrets.add(answer.json()["api_key"])
+    return User(answer.json()["id"], name, password, answer.json()["api_key"])
+
+
+def try_login(gate: Gate, name: object, password: object) -> requests.Response:
+    """Ask for a JWT."""
+    body = json.dumps({"username": name, "password": password})
+    headers = {"Content-Type": "application/json"}
+    return call(gate, "POST", "/auth/token", data=body, headers=headers)
+
+
+def login(gate: Gate, user: User) -> str:
+    """Return a JWT of the user."""
+    answer = try_login(gate, user.name, user.password)
+    assert answer.status_code == 200, answer.text
+    token = str(answer.json()["access_token"])
+    gate.secrets.add(token)
+    return token
+
+
+def me(gate: Gate, user: User) -> JSONObject:
+    """Return what /users/me says."""
+    answer = call(gate, "GET", "/users/me", login(gate, user))
+    assert answer.status_code == 200, answer.text
+    return cast(JSONObject, answer.json())
+
+
+def replace_key(gate: Gate, token: str) -> str:
+    """Replace the user's key; return the new one."""
+    answer = call(gate, "POST", "/users/me/api-key", token)
+    assert answer.status_code == 200, answer.text
+    gate.secrets.add(answer.json()["api_key"])
+    return str(answer.json()["api_key"])
+
+
+def chat_body(model: str = "ok", **fields: object) -> JSONObject:
+    """Return the body of a chat with the prompt marker in it."""
+    return {"model": model, "messages": [{"role": "user", "content": PROMPT}]} | fields
+
+
+def chat(gate: Gate, key: str, model: str = "ok", **fields: object) -> requests.Response:
+    """Ask for a chat; with stream=True the answer is read by the caller, and must be closed."""
+    return relay(gate, key, "chat/completions", chat_body(model, **fields))
+
+
+def relay(gate: Gate, key: str, endpoint: str, body: JSONObject) -> requests.Response:
+    """Post `body` to an endpoint under /v1."""
+    streams = body.get("stream") is True
+    return call(gate, "POST", f"/v1/{endpoint}", key, json=body, stream=streams)
+
+
+def stream_events(response: requests.Response) -> Iterator[bytes]:
+    """Yield each event, with its blank line, when it arrives."""
+    rest = b""
+    for piece in response.iter_content(None):
+        rest += piece
+        while b"\n\n" in rest:
+            event, _, rest = rest.partition(b"\n\n")
+            yield event + b"\n\n"
+    assert rest == b"", f"a torn event: {rest!r}"
+
+
+def streamed(gate: Gate, key: str, model: str = "ok", **fields: object) -> list[bytes]:
+    """Return all events of a chat that is streamed."""
+    with chat(gate, key, model, stream=True, **fields) as response:
+        assert response.status_code == 200, response.text
+        return list(stream_events(response))
+
+
+def data(event: bytes) -> JSONObject:
+    """Return the JSON of one event."""
+    return cast(JSONObject, json.loads(event.removeprefix(b"data: ")))
+
+
+def spoken(events: list[bytes]) -> str:
+    """Return the text of the first choice of a streamed chat."""
+    said = ""
+    for event in events:
+        if event.startswith(b"data: {"):
+            for choice in data(event).get("choices", [])[:1]:
+                said += choice["delta"].get("content") or ""
+    return said
+
+
+def said_by_vllm(exchange: Exchange, options: JSONObject | None = None) -> bytes:
+    """Return the stream as vLLM would have written it for these stream_options of the caller."""
+    asked = options or {}
+    kept = b""
+    for event in exchange.answer().split(b"\n\n")[:-1]:
+        final = b'"choices":[],' in event
+        if final and not asked.get("include_usage"):
+            continue
+        if not final and not asked.get("continuous_usage_stats"):
+            event = re.sub(rb',"usage":\{[^}]*\}', b"", event)
+        kept += event + b"\n\n"
+    return kept
+
+
+@contextlib.contextmanager
+def connected(gate: Gate) -> Iterator[socket.socket]:
+    """A raw connection to the gate."""
+    with socket.create_connection(gate.address, timeout=20) as connection:
+        yield connection
+
+
+def raw_request(method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+    """Return a request as bytes, header by header as given."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def raw_chat(key: str, body: JSONObject) -> bytes:
+    """Return a chat request as bytes."""
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    return raw_request("POST", "/v1/chat/completions", headers, json.dumps(body).encode())
+
+
+def read_reply(connection: socket.socket) -> RawReply:
+    """Read one answer from a raw connection."""
+    with contextlib.closing(http.client.HTTPResponse(connection)) as response:
+        response.begin()
+        return RawReply(
+            response.status, CaseInsensitiveDict(response.getheaders()), response.read()
+        )
+
+
+def send_raw(gate: Gate, request: bytes) -> RawReply:
+    """Send bytes on a connection of their own and read one answer."""
+    with connected(gate) as connection:
+        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
+            connection.sendall(request)
+        return read_reply(connection)
+
+
+def read_events(connection: socket.socket, count: int) -> bytes:
+    """Read from a raw connection until `count` events were there; return all bytes."""
+    received = b""
+    while received.count(b"\n\ndata: ") + received.count(b"\r\ndata: ") < count:
+        piece = connection.recv(65536)
+        assert piece, received
+        received += piece
+    return received
+
+
+def leave_with_reset(connection: socket.socket) -> None:
+    """Close with RST instead of FIN, as a client does whose process is killed."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def in_parallel(count: int, work: Callable[[int], T]) -> list[T]:
+    """Do `work(0)` … `work(count - 1)` at the same time; return what they gave, in order."""
+    start = threading.Barrier(count)
+
+    def begin(number: int) -> T:
+        start.wait(30)
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+LEAKS = re.compile(
+    r"Traceback|\.py\b|File \"|SELECT |INSERT |UPDATE |sqlite|psycopg|sqlalchemy|urllib3|127\.0\.0\.1"
+    r"|localhost|:\d{4,5}\b|port \d{4,5}|/tmp|/root|/home|<html|<!doctype",
+    re.IGNORECASE,
+)
+MISREAD_BY_OPENCODE = ("token limit exceeded", "too many tokens", "exceeds the limit of")
+
+
+def assert_error(
+    reply: Reply, status: int, code: str | None = None, param: str | None = None
+) -> JSONObject:
+    """Fail unless `reply` is the contract's error in every respect; return the error object."""
+    text = reply.content.decode()
+    assert reply.status_code == status, text
+    assert reply.headers["Content-Type"].split(";")[0] == "application/json"
+    assert reply.headers["X-Request-Id"]
+    body = json.loads(text)
+    assert set(body) == {"error"}
+    error = cast(JSONObject, body["error"])
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str) and error["message"]
+    assert isinstance(error["type"], str) and error["type"]
+    assert code is None or error["code"] == code, text
+    assert param is None or error["param"] == param, text
+    assert not LEAKS.search(text), text
+    headers = reply.headers
+    if status == 401:
+        assert headers["WWW-Authenticate"].startswith("Bearer")
+    if status == 405:
+        assert headers["Allow"]
+    if status == 429:
+        assert not any(words in text.lower() for words in MISREAD_BY_OPENCODE), text
+    if error["code"] == "insufficient_quota":
+        assert headers["x-should-retry"] == "false" and headers["retry-after-ms"] == "1"
+    elif status in (429, 503):
+        assert int(headers["Retry-After"]) >= 1
+    return error
+
+
+# ---------------------------------------------------------------------------------------------
+# A. Accounts, JWTs and keys: who gets in, and that nobody else does.
+
+API_KEY = re.compile(r"sk-llmgate-[0-9A-Za-z]{49}")
+LONGEST_PASSWORD = "ä" * 36  # 72 bytes
+
+
+def test_registration_gives_an_integer_id_and_a_key(gate: Gate) -> None:
+    """Case 1: the answer of the contract, which no cache may keep."""
+    body = {"username": "alice_1", "password": PASSWORD}
+    answer = call(gate, "POST", "/auth/register", json=body)
+    key = answer.json().pop("api_key")
+    assert answer.status_code == 201
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Request-Id"]
+    assert answer.json() == {
+        "id": 1,
+        "username": "alice_1",
+        "token_limit": 1000000,
+        "tokens_used": 0,
+        "api_key": key,
+    }
+    assert API_KEY.fullmatch(key)
+    gate.secrets.add(key)
+
+
+def test_login_takes_json_and_a_form(gate: Gate) -> None:
+    """Case 1: both give a JWT of a day, which no cache may keep."""
+    user = register(gate)
+    credentials = {"username": user.name, "password": PASSWORD}
+    for answer in (
+        call(gate, "POST", "/auth/token", json=credentials),
+        call(gate, "POST", "/auth/token", data=credentials | {"grant_type": "password"}),
+    ):
+        assert answer.status_code == 200, answer.text
+        assert set(answer.json()) == {"access_token", "token_type", "expires_in"}
+        assert answer.json()["token_type"] == "bearer"
+        assert answer.json()["expires_in"] == 24 * 3600
+        assert answer.headers["Cache-Control"] == "no-store"
+        gate.secrets.add(answer.json()["access_token"])
+        assert call(gate, "GET", "/users/me", answer.json()["access_token"]).status_code == 200
+
+
+def test_users_me_shows_the_account_and_its_key_again(gate: Gate) -> None:
+    """Case 1: the key that registration showed."""
+    user = register(gate, token_limit=5000)
+    seen = me(gate, user)
+    assert abs(seen.pop("created_at") - time.time()) < 60
+    assert seen == {
+        "id": user.id,
+        "username": user.name,
+        "token_limit": 5000,
+        "tokens_used": 0,
+        "api_key": user.key,
+    }
+
+
+def test_refreshed_jwt_works(gate: Gate) -> None:
+    """A JWT buys a new one of the same shape."""
+    answer = call(gate, "POST", "/auth/refresh", login(gate, register(gate)))
+    assert set(answer.json()) == {"access_token", "token_type", "expires_in"}
+    assert call(gate, "GET", "/users/me", answer.json()["access_token"]).status_code == 200
+    assert_error(call(gate, "POST", "/auth/refresh"), 401)
+
+
+def test_names_are_unique_whatever_their_case(gate: Gate) -> None:
+    """Case 2."""
+    register(gate, "alice_1")
+    for name in ("alice_1", "ALICE_1"):
+        body = {"username": name, "password": PASSWORD}
+        assert_error(call(gate, "POST", "/auth/register", json=body), 409, "username_taken")
+    assert try_login(gate, "Alice_1", PASSWORD).status_code == 200
+
+
+def test_one_of_twenty_parallel_registrations_gets_the_name(gate: Gate) -> None:
+    """Case 2: one row, and nineteen clear answers."""
+    body = {"username": "bob", "password": PASSWORD}
+    answers = in_parallel(20, lambda _: call(gate, "POST", "/auth/register", json=body))
+    refused = [answer for answer in answers if answer.status_code != 201]
+    assert len(refused) == 19
+    for answer in refused:
+        assert_error(answer, 409, "username_taken")
+    assert gate.rows("SELECT count(*) FROM users") == [(1,)]
+    assert gate.rows("SELECT count(*) FROM api_keys") == [(1,)]
+
+
+@pytest.mark.parametrize("name", ["ab", "a" * 65, "", "a b", "älice", "a\r\nb", "a/b", 12345, None])
+def test_bad_name_is_refused(gate: Gate, name: object) -> None:
+    """Names are 3 to 64 of a small alphabet; a line break never reaches the log."""
+    body = {"username": name, "password": PASSWORD}
+    answer = call(gate, "POST", "/auth/register", json=body)
+    assert_error(answer, 400, param="username")
+    assert_error(try_login(gate, name, PASSWORD), 401, "invalid_credentials")
+
+
+BAD_PASSWORDS = {
+    "73 bytes": "a" * 73,
+    "19 emoji": "\N{GRINNING FACE}" * 19,
+    "a megabyte": "a" * 1_000_000,
+    "empty": "",
+    "7 characters": "passwor",
+    "a number": 12345678,
+    "null": None,
+    "a lone surrogate": "password\ud800",
+}
+
+
+@pytest.mark.parametrize("password", BAD_PASSWORDS.values(), ids=BAD_PASSWORDS)
+def test_bad_password_is_refused(gate: Gate, password: object) -> None:
+    """Case 3: 400 at registration, the answer of a wrong password at login."""
+    user = register(gate)
+    body = {"username": "carol", "password": password}
+    assert_error(call(gate, "POST", "/auth/register", json=body), 400, param="password")
+    assert_error(try_login(gate, user.name, password), 401, "invalid_credentials")
+    assert gate.rows("SELECT count(*) FROM users") == [(1,)]
+
+
+def test_password_of_72_bytes_is_whole(gate: Gate) -> None:
+    """Case 3: all 72 bytes count, and one more is another password."""
+    user = register(gate, password=LONGEST_PASSWORD)
+    assert try_login(gate, user.name, LONGEST_PASSWORD).status_code == 200
+    for wrong in (LONGEST_PASSWORD + "a", LONGEST_PASSWORD[:-1] + "ö", LONGEST_PASSWORD[:-1]):
+        assert_error(try_login(gate, user.name, wrong), 401, "invalid_credentials")
+
+
+@pytest.mark.parametrize("limit", ["-1", "0", "1.5", '"100"', "true", "[]", "NaN", "1e999"])
+def test_bad_token_limit_is_refused(gate: Gate, limit: str) -> None:
+    """Case 4."""
+    body = f'{{"username": "dave", "password": "{PASSWORD}", "token_limit": {limit}}}'
+    headers = {"Content-Type": "application/json"}
+    answer = call(gate, "POST", "/auth/register", data=body, headers=headers)
+    assert_error(answer, 400)
+    assert gate.rows("SELECT count(*) FROM users") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted"),
+    [({}, 5000), ({"token_limit": None}, 5000), ({"token_limit": 7}, 7)]
+    + [({"token_limit": 9001}, 9000), ({"token_limit": 10**30}, 9000)],
+)
+def test_token_limit_is_granted_up_to_the_maximum(
+    make_gate: Callable[..., ThreadedGate], asked: JSONObject, granted: int
+) -> None:
+    """Case 4: absent and null mean the default."""
+    gate = make_gate(DEFAULT_TOKEN_LIMIT="5000", MAX_TOKEN_LIMIT="9000")
+    assert me(gate, register(gate, **asked))["token_limit"] == granted
+
+
+def test_extra_fields_change_nothing(gate: Gate) -> None:
+    """Case 5: nobody registers as somebody else."""
+    extra: JSONObject = {
+        "is_admin": True,
+        "tokens_used": -1000,
+        "tokens_reserved": -1000,
+        "id": 77,
+        "api_key": "sk-llmgate-mine",
+        "key_hash": "0" * 64,
+        "jwt_version": 9,
+        "disabled_at": 1,
+    }
+    user = register(gate, **extra)
+    assert user.id == 1 and API_KEY.fullmatch(user.key)
+    row = gate.rows("SELECT id, tokens_used, tokens_reserved, jwt_version, disabled_at FROM users")
+    assert row == [(1, 0, 0, 1, None)]
+    assert gate.rows("SELECT count(*) FROM api_keys WHERE key_hash = ?", "0" * 64) == [(0,)]
+
+
+READS_JSON = [
+    "/auth/register",
+    "/auth/token",
+    "/auth/password",
+    "/users/me/keys",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+]
+BAD_BODIES = {
+    "torn": b"{bad",
+    "empty": b"",
+    "an array": b"[1]",
+    "null": b"null",
+    "a string": b'"x"',
+    "not UTF-8": b"\xff\xfe",
+    "not UTF-8 inside": b'{"username": "\xff\xfe", "model": "\xff\xfe"}',
+    "deep": b"[" * 100_000,
+    "deep inside": b'{"model": ' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("path", READS_JSON)
+def test_bad_body_is_refused(gate: Gate, path: str) -> None:
+    """Case 6: 400 in the contract's shape on every call that reads JSON; vLLM sees nothing."""
+    user = register(gate)
+    bearer = user.key if path.startswith("/v1") else login(gate, user)
+    headers = {"Content-Type": "application/json"}
+    for body in BAD_BODIES.values():
+        assert_error(call(gate, "POST", path, bearer, data=body, headers=headers), 400)
+    assert gate.upstream.asked() == []
+
+
+@pytest.mark.parametrize("path", READS_JSON)
+def test_body_that_is_not_declared_as_json_is_refused(gate: Gate, path: str) -> None:
+    """Case 6: `text/plain`, which a web page may send without asking, and no type at all."""
+    user = register(gate)
+    bearer = user.key if path.startswith("/v1") else login(gate, user)
+    body = json.dumps(chat_body() | {"username": "erin", "password": PASSWORD}).encode()
+    for headers in ({"Content-Type": "text/plain"}, {}):
+        assert_error(call(gate, "POST", path, bearer, data=body, headers=headers), 415)
+    assert gate.upstream.asked() == []
+    assert gate.rows("SELECT count(*) FROM users") == [(1,)]
+
+
+def test_unknown_name_and_wrong_password_look_the_same(gate: Gate) -> None:
+    """Case 7: the same answer in the same time, so that names cannot be guessed."""
+    bodies = set()
+
+    def seconds(name: str) -> float:
+        began = time.perf_counter()
+        answer = try_login(gate, name, "wrong-password")
+        assert_error(answer, 401, "invalid_credentials")
+        bodies.add(answer.content)
+        return time.perf_counter() - began
+
+    def difference() -> float:
+        names = [register(gate).name for _ in range(5)] * 3
+        pairs = [(seconds(name), seconds(f"no-{name}-{i}")) for i, name in enumerate(names)]
+        wrong = statistics.median([wrong_s for wrong_s, _ in pairs])
+        unknown = statistics.median([unknown_s for _, unknown_s in pairs])
+        return abs(wrong - unknown) / max(wrong, unknown)
+
+    assert best_of_three(difference, 0.25) < 0.25
+    assert len(bodies) == 1
+
+
+def sign(gate: Gate, claims: Mapping[str, object], algorithm: str = "HS256", **header: str) -> str:
+    """Sign claims with the gate's own key for JWTs; None as a claim leaves it out."""
+    now = int(time.time())
+    whole = {"sub": "1", "iat": now, "exp": now + 60, "ver": 1} | dict(claims)
+    kept = {name: value for name, value in whole.items() if value is not None}
+    key = hmac.digest(JWT_SECRET.encode(), b"llmgate jwt", "sha256")
+    with warnings.catch_warnings():  # PyJWT finds 32 bytes short for HS512
+        warnings.simplefilter("ignore", jwt.InsecureKeyLengthWarning)
+        return jwt.encode(kept, key, algorithm, headers=dict(header))
+
+
+def test_jwt_with_the_right_signature_works(gate: Gate) -> None:
+    """The ground for the next test: `sign` signs as the gate does."""
+    register(gate)
+    assert call(gate, "GET", "/users/me", sign(gate, {})).status_code == 200
+
+
+def forged_jwts(gate: Gate, genuine: str) -> dict[str, str]:
+    """Return JWTs that must all be refused."""
+    header, payload, signature = genuine.split(".")
+    claims = json.loads(base64.urlsafe_b64decode(payload + "==")) | {"sub": "2"}
+    changed = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+    none = base64.urlsafe_b64encode(b'{"alg":"none","typ":"JWT"}').decode().rstrip("=")
+    return {
+        "alg none": f"{none}.{payload}.",
+        "alg none, signed": f"{none}.{payload}.{signature}",
+        "HS512": sign(gate, {}, "HS512"),
+        "another key": jwt.encode({**claims, "sub": "1"}, "k" * 32),
+        "the secret itself": jwt.encode({**claims, "sub": "1"}, JWT_SECRET),
+        "changed payload": f"{header}.{changed}.{signature}",
+        "no signature": f"{header}.{payload}.",
+        "no exp": sign(gate, {"exp": None}),
+        "no sub": sign(gate, {"sub": None}),
+        "integer sub": sign(gate, {"sub": 1}),
+        "sub of nobody": sign(gate, {"sub": "2"}),
+        "sub beyond 64 bits": sign(gate, {"sub": "9" * 30}),
+        "not a number": sign(gate, {"sub": "one"}),
+        "another version": sign(gate, {"ver": 2}),
+        "from the future": sign(gate, {"nbf": int(time.time()) + 3600}),
+        "crit": sign(gate, {}, crit=cast(str, ["exp"])),
+        "three letters": "a.b.c",
+        "long": "a" * 40_000,
+    }
+
+
+def test_forged_jwt_is_refused_at_once(gate: Gate) -> None:
+    """Case 8."""
+    register(gate)
+    for name, token in forged_jwts(gate, sign(gate, {})).items():
+        began = time.perf_counter()
+        answer = call(gate, "GET", "/users/me", token)
+        assert time.perf_counter() - began < 0.5, name
+        assert answer.status_code == 401, name
+        assert_error(answer, 401, "invalid_token")
+
+
+def test_expired_jwt_is_refused_and_told(gate: Gate) -> None:
+    """Case 8: a client can tell that it must log in again."""
+    register(gate)
+    token = sign(gate, {"exp": int(time.time()) - 120})
+    assert_error(call(gate, "GET", "/users/me", token), 401, "token_expired")
+
+
+@pytest.mark.parametrize(
+    "value", ["Bearer", "Bearer ", "", "Bearer \xe4\xff", "Bearer " + "a" * 10**6]
+)
+def test_unreadable_jwt_is_refused(gate: Gate, value: str) -> None:
+    """Case 8: empty, not ASCII, or a megabyte, which is too much for any header."""
+    reply = send_raw(gate, raw_request("GET", "/users/me", {"Authorization": value}))
+    if len(value) < 10**6:
+        assert_error(reply, 401)
+    else:
+        assert reply.status_code == 431
+
+
+def test_api_key_opens_no_account(gate: Gate) -> None:
+    """Case 9: what an agent holds may read its usage, and no more."""
+    user = register(gate)
+    for method, path in (
+        ("GET", "/users/me"),
+        ("POST", "/users/me/api-key"),
+        ("GET", "/users/me/keys"),
+        ("POST", "/auth/refresh"),
+    ):
+        assert_error(call(gate, method, path, user.key), 401)
+    assert call(gate, "GET", "/users/usage", user.key).status_code == 200
+    assert me(gate, user)["api_key"] == user.key
+
+
+def test_jwt_opens_no_model(gate: Gate) -> None:
+    """Case 9: a JWT is for the account calls."""
+    token = login(gate, register(gate))
+    assert_error(call(gate, "GET", "/v1/models", token), 401, "invalid_api_key")
+    assert_error(chat(gate, token), 401, "invalid_api_key")
+    assert gate.upstream.asked() == []
+
+
+@pytest.mark.parametrize("name", ["api_key", "key", "token", "access_token", "authorization"])
+def test_credentials_in_the_query_are_not_read(gate: Gate, name: str) -> None:
+    """Case 9: they would end up in logs."""
+    user = register(gate)
+    token = login(gate, user)
+    assert_error(call(gate, "GET", f"/users/me?{name}={token}"), 401)
+    assert_error(call(gate, "GET", f"/v1/models?{name}={user.key}"), 401)
+
+
+def bad_authorizations(key: str) -> dict[str, str]:
+    """Return values of the Authorization header that open nothing."""
+    other = "B" if key[20] == "A" else "A"
+    return {
+        "Bearer": "Bearer",
+        "Basic": "Basic x",
+        "the key in Basic": "Basic " + base64.b64encode(f"user:{key}".encode()).decode(),
+        "no scheme": key,
+        "SQL": "Bearer ' OR 1=1 --",
+        "SQL in a key": f"Bearer sk-llmgate-{chr(39)} OR 1=1 --",
+        "bytes": "Bearer \xff\xfe",
+        "changed": f"Bearer {key[:20]}{other}{key[21:]}",
+        "longer": f"Bearer {key}a",
+        "shorter": f"Bearer {key[:-1]}",
+        "another case": f"Bearer {key.swapcase()}",
+        "two in one": f"Bearer {key}, Bearer {key}",
+    }
+
+
+def test_bad_key_is_refused_before_vllm(gate: Gate) -> None:
+    """Case 10: at once, and vLLM sees nothing."""
+    user = register(gate)
+    body = json.dumps(chat_body()).encode()
+    for name, value in bad_authorizations(user.key).items():
+        headers = {"Authorization": value, "Content-Type": "application/json"}
+        began = time.perf_counter()
+        reply = send_raw(gate, raw_request("POST", "/v1/chat/completions", headers, body))
+        assert time.perf_counter() - began < 0.5, name
+        assert_error(reply, 401)
+    assert_error(relay(gate, "", "chat/completions", chat_body()), 401, "missing_api_key")
+    assert gate.upstream.asked() == []
+
+
+def test_two_authorization_headers_are_refused(gate: Gate) -> None:
+    """Case 10: which one counts must not depend on who reads them."""
+    user = register(gate)
+    request = raw_chat(user.key, chat_body()).replace(
+        b"Authorization:", b"Authorization: Bearer other\r\nAuthorization:"
+    )
+    assert_error(send_raw(gate, request), 401)
+    assert gate.upstream.asked() == []
+
+
+def test_scheme_is_read_in_any_case(gate: Gate) -> None:
+    """Case 10: `bearer KEY` works (RFC 9110)."""
+    user = register(gate)
+    headers = {"Authorization": f"bearer {user.key}"}
+    assert call(gate, "GET", "/v1/models", headers=headers).status_code == 200
+
+
+def test_replaced_key_is_refused_and_its_stream_goes_on(gate: Gate) -> None:
+    """Case 11: the old key stops at once, a running answer ends well, the quota is the same."""
+    user = register(gate, token_limit=50_000)
+    assert chat(gate, user.key).status_code == 200
+    with chat(gate, user.key, "slow", stream=True, max_tokens=10) as running:
+        key = replace_key(gate, login(gate, user))
+        assert_error(chat(gate, user.key), 401, "invalid_api_key")
+        assert chat(gate, key).status_code == 200
+        assert list(stream_events(running))[-1] == b"data: [DONE]\n\n"
+    gate.settle()
+    seen = me(gate, user)
+    assert (seen["token_limit"], seen["tokens_used"], seen["api_key"]) == (50_000, 80, key)
+
+
+def test_one_of_ten_parallel_new_keys_works(gate: Gate) -> None:
+    """Case 11: the one that /users/me shows."""
+    user = register(gate)
+    token = login(gate, user)
+    keys = in_parallel(10, lambda _: replace_key(gate, token))
+    working = [key for key in keys if call(gate, "GET", "/v1/models", key).status_code == 200]
+    assert working == [me(gate, user)["api_key"]]
+    assert_error(call(gate, "GET", "/v1/models", user.key), 401)
+
+
+def test_named_keys_are_listed_and_revoked(gate: Gate) -> None:
+    """A user may have more keys, each with its own usage; a revoked one is refused at once."""
+    user = register(gate)
+    token = login(gate, user)
+    made = call(gate, "POST", "/users/me/keys", token, json={"name": "laptop"})
+    assert made.status_code == 201, made.text
+    key = made.json()["api_key"]
+    gate.secrets.add(key)
+    assert chat(gate, key).status_code == 200
+    gate.settle()
+    keys = call(gate, "GET", "/users/me/keys", token).json()["data"]
+    assert [item["name"] for item in keys][1:] == ["laptop"]
+    assert [item["api_key"] for item in keys] == [user.key, key]
+    assert [item["tokens_used"] for item in keys] == [0, 30]
+    number = keys[1]["id"]
+    assert call(gate, "DELETE", f"/users/me/keys/{number}", token).status_code == 204
+    assert_error(chat(gate, key), 401, "invalid_api_key")
+    assert chat(gate, user.key).status_code == 200
+    other = login(gate, register(gate))
+    assert_error(call(gate, "DELETE", f"/users/me/keys/{keys[0]['id']}", other), 404)
+    assert me(gate, user)["api_key"] == user.key
+
+
+def test_new_password_ends_every_older_jwt(gate: Gate) -> None:
+    """A stolen JWT is of no use any more; the API key works on."""
+    user = register(gate)
+    old = login(gate, user)
+    body = {"old_password": PASSWORD, "new_password": PASSWORD + "-2"}
+    wrong = call(gate, "POST", "/auth/password", old, json=body | {"old_password": "wrong-one"})
+    assert_error(wrong, 401)
+    answer = call(gate, "POST", "/auth/password", old, json=body)
+    assert answer.status_code == 200, answer.text
+    gate.secrets.add(answer.json()["access_token"])
+    assert_error(call(gate, "GET", "/users/me", old), 401, "invalid_token")
+    assert call(gate, "GET", "/users/me", answer.json()["access_token"]).status_code == 200
+    assert_error(try_login(gate, user.name, PASSWORD), 401, "invalid_credentials")
+    assert try_login(gate, user.name, PASSWORD + "-2").status_code == 200
+    assert chat(gate, user.key).status_code == 200
+
+
+def test_guessing_is_slowed_down_for_one_name_only(gate: Gate) -> None:
+    """Case 12: also for the right password, until the time is over; keys and others go on."""
+    user, other = register(gate), register(gate)
+    answers = [try_login(gate, user.name, "wrong-password") for _ in range(10)]
+    statuses = [answer.status_code for answer in answers]
+    assert statuses[:5] == [401] * 5 and statuses[-1] == 429
+    assert_error(answers[-1], 429, "rate_limit_exceeded")
+    held_back = try_login(gate, user.name, PASSWORD)
+    assert_error(held_back, 429, "rate_limit_exceeded")
+    assert chat(gate, user.key).status_code == 200
+    assert try_login(gate, other.name, PASSWORD).status_code == 200
+    wait_s = int(held_back.headers["Retry-After"])
+    wait_until(lambda: try_login(gate, user.name, PASSWORD).status_code == 200, wait_s + 1)
+
+
+def test_guessing_an_unknown_name_is_slowed_down_the_same(gate: Gate) -> None:
+    """Case 12: the throttle does not tell which names exist."""
+    user = register(gate)
+    known = [try_login(gate, user.name, "wrong-password") for _ in range(7)]
+    unknown = [try_login(gate, "no-such-name", "wrong-password") for _ in range(7)]
+    assert [answer.status_code for answer in known] == [answer.status_code for answer in unknown]
+    assert known[-1].content == unknown[-1].content
+
+
+def test_few_of_fifty_parallel_guesses_are_tried(gate: Gate) -> None:
+    """Case 12: tries are counted before they are hashed."""
+    user = register(gate)
+    answers = in_parallel(50, lambda _: try_login(gate, user.name, "wrong-password"))
+    statuses = [answer.status_code for answer in answers]
+    assert statuses.count(401) <= 10
+    assert statuses.count(401) + statuses.count(429) == 50
+
+
+def test_disabled_account_is_refused(gate: Gate) -> None:
+    """The operator's `disable` stops login, JWT and key."""
+    user = register(gate)
+    token = login(gate, user)
+    run_command(gate, "disable", user.name)
+    for answer in (
+        try_login(gate, user.name, PASSWORD),
+        call(gate, "GET", "/users/me", token),
+        call(gate, "GET", "/v1/models", user.key),
+        chat(gate, user.key),
+    ):
+        assert_error(answer, 403, "account_disabled")
+    run_command(gate, "enable", user.name)
+    assert chat(gate, user.key).status_code == 200
+
+
+def test_closed_registration_is_refused(make_gate: Callable[..., ThreadedGate]) -> None:
+    """REGISTRATION=closed."""
+    gate = make_gate(REGISTRATION="closed")
+    body = {"username": "mallory", "password": PASSWORD}
+    assert_error(call(gate, "POST", "/auth/register", json=body), 403, "registration_closed")
+    assert gate.rows("SELECT count(*) FROM users") == [(0,)]
+
+
+def test_host_names_that_are_not_the_gates_are_refused(gate: Gate) -> None:
+    """A web page whose name was pointed at loopback gets nowhere."""
+    answer = call(gate, "GET", "/health", headers={"Host": "evil.example"})
+    assert 400 <= answer.status_code < 500
+    assert call(gate, "GET", "/health", headers={"Host": "localhost:8000"}).status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------
+# B. The relay: what vLLM gets and what the client gets, byte by byte.
+
+
+def test_plain_answer_is_vllms_byte_by_byte(gate: Gate) -> None:
+    """Case 13: and its one row has vLLM's counts, under the answer's X-Request-Id."""
+    user = register(gate)
+    answer = chat(gate, user.key, max_tokens=7)
+    (asked,) = gate.upstream.asked()
+    assert answer.status_code == 200
+    assert answer.content == asked.answer()
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["x-ratelimit-limit-tokens"] == "1000000"
+    assert 0 < int(answer.headers["x-ratelimit-remaining-tokens"]) <= 1000000
+    row = gate.row(answer)
+    assert (row.user_id, row.model, row.endpoint) == (user.id, "ok", "chat/completions")
+    assert (row.stream, row.status, row.estimated) == (0, "ok", 0)
+    assert (row.prompt_tokens, row.completion_tokens) == (10, 7)
+    assert len(gate.usage()) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "embeddings"])
+def test_other_endpoints_are_relayed_and_booked(gate: Gate, endpoint: str) -> None:
+    """Completions with two prompts, and embeddings, which have no completion."""
+    user = register(gate)
+    body = {"model": "ok", "prompt": [PROMPT, PROMPT], "input": [PROMPT, PROMPT], "max_tokens": 6}
+    answer = relay(gate, user.key, endpoint, body)
+    assert answer.status_code == 200, answer.text
+    assert answer.content == gate.upstream.asked()[0].answer()
+    row = gate.row(answer)
+    assert (row.endpoint, row.status, row.estimated) == (endpoint, "ok", 0)
+    assert (row.prompt_tokens, row.completion_tokens) == (
+        20,
+        12 if endpoint == "completions" else 0,
+    )
+
+
+def test_each_event_passes_at_once(gate: Gate) -> None:
+    """Case 14: events that vLLM writes 300 ms apart are at the client within 150 ms."""
+    user = register(gate)
+
+    def longest_delay() -> float:
+        with chat(gate, user.key, "spaced", stream=True) as response:
+            assert response.headers["Content-Type"].startswith("text/event-stream")
+            received = [(time.monotonic(), event) for event in stream_events(response)]
+            row = gate.row(response)
+        assert received[-1][1] == b"data: [DONE]\n\n"
+        assert (row.stream, row.status, row.estimated) == (1, "ok", 0)
+        assert (row.prompt_tokens, row.completion_tokens) == (10, 4)
+        events = gate.upstream.asked()[-1].sent
+        sent = [at for at, event in events if b'"choices":[],' not in event]
+        return max(there - here for (there, _), here in zip(received, sent, strict=True))
+
+    assert best_of_three(longest_delay, 0.15) < 0.15
+
+
+STREAM_OPTIONS: list[JSONObject | None] = [
+    None,
+    {},
+    {"include_usage": False},
+    {"include_usage": True},
+    {"include_usage": True, "continuous_usage_stats": False},
+    {"include_usage": True, "continuous_usage_stats": True},
+]
+
+
+@pytest.mark.parametrize("options", STREAM_OPTIONS, ids=str)
+@pytest.mark.parametrize("model", ["ok", "lumpy"])
+def test_stream_is_what_vllm_would_have_sent(
+    gate: Gate, model: str, options: JSONObject | None
+) -> None:
+    """Cases 14, 15: the usage that only the gate asked for is gone, every other byte is there."""
+    user = register(gate)
+    asked = {} if options is None else {"stream_options": options}
+    events = streamed(gate, user.key, model, n=2, **asked)
+    (exchange,) = gate.upstream.asked()
+    assert exchange.json()["stream_options"]["include_usage"] is True
+    assert exchange.json()["stream_options"]["continuous_usage_stats"] is True
+    assert b"".join(events) == said_by_vllm(exchange, options)
+    usages = [event for event in events if b'"usage":' in event]
+    if not (options or {}).get("include_usage"):
+        assert usages == []
+    elif not (options or {}).get("continuous_usage_stats"):
+        assert usages == [events[-2]] and data(usages[0])["choices"] == []
+    (row,) = gate.usage(user)
+    assert (row.prompt_tokens, row.completion_tokens, row.estimated) == (10, 40, 0)
+
+
+def test_streamed_completion_is_what_vllm_would_have_sent(gate: Gate) -> None:
+    """/v1/completions streams other objects, under the same rules."""
+    user = register(gate)
+    body = {"model": "ok", "prompt": PROMPT, "stream": True, "max_tokens": 5}
+    with relay(gate, user.key, "completions", body) as response:
+        events = list(stream_events(response))
+    assert b"".join(events) == said_by_vllm(gate.upstream.asked()[0])
+    assert len(events) == 6
+    gate.settle()
+    assert [row.total for row in gate.usage(user)] == [15]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ',"usage":{"prompt_tokens":1,"completion_tokens":1},"choices":[],',
+        'data: [DONE]\n\ndata: {"error":{"message":"no"}}\n\n',
+        '"usage":null}] \\"usage\\": \\\\',
+        "\N{SNOWMAN}\N{GRINNING FACE}äöü\u2028\u2029\x85\x00",
+    ],
+)
+def test_text_that_looks_like_the_protocol_passes_unchanged(gate: Gate, words: str) -> None:
+    """Usage is taken out of the stream, not out of what the model says."""
+    user = register(gate)
+    messages = [{"role": "user", "content": words * 3}]
+    events = streamed(gate, user.key, "echo", messages=messages)
+    assert spoken(events) == words * 3
+    assert b"".join(events) == said_by_vllm(gate.upstream.asked()[0])
+    plain = chat(gate, user.key, "echo", messages=messages)
+    assert plain.json()["choices"][0]["message"]["content"] == words * 3
+    assert [row.estimated for row in gate.usage(user)] == [0, 0]
+
+
+def test_vllms_own_400_passes_unchanged(gate: Gate) -> None:
+    """Case 16: its text about the context makes OpenCode compact."""
+    user = register(gate)
+    for stream in (False, True):
+        with chat(gate, user.key, "e400", stream=stream) as answer:
+            assert answer.status_code == 400
+            assert answer.content == gate.upstream.asked()[-1].answer()
+    gate.settle()
+    assert gate.tokens_used(user) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("model", ["e401", "e500", "garbage", "badjson"])
+def test_faults_of_vllm_are_502_and_free(gate: Gate, model: str, stream: bool) -> None:
+    """Case 16: the gate's key is wrong, the engine is dead, or what came is no answer."""
+    gate.expected_5xx = {502}
+    user = register(gate)
+    with chat(gate, user.key, model, stream=stream) as answer:
+        assert_error(answer, 502, "upstream_error")
+    gate.settle()
+    assert [row.status for row in gate.usage(user)] == ["error"]
+    if model in ("e401", "e500"):
+        assert gate.tokens_used(user) == 0
+
+
+def test_gate_goes_on_when_vllm_comes(make_gate: Callable[..., ThreadedGate]) -> None:
+    """Case 17: 502 while nobody listens, 200 afterwards without a restart."""
+    with Upstream() as later:
+        port = later.server_address[1]
+    gate = make_gate(VLLM_ENDPOINT=f"http://127.0.0.1:{port}")
+    gate.expected_5xx = {502}
+    user = register(gate)
+    began = time.monotonic()
+    assert_error(chat(gate, user.key), 502, "upstream_unavailable")
+    assert_error(call(gate, "GET", "/v1/models", user.key), 502, "upstream_unavailable")
+    assert time.monotonic() - began < 3
+    gate.settle()
+    with Upstream(port) as later:
+        gate.upstream = later
+        wait_until(lambda: chat(gate, user.key).status_code == 200)
+        assert call(gate, "GET", "/v1/models", user.key).status_code == 200
+        gate.settle()
+
+
+def test_server_that_is_down_is_passed_over(
+    make_gate: Callable[..., ThreadedGate], upstream: Upstream
+) -> None:
+    """Of several endpoints those that answer are used; each model once in the list."""
+    with Upstream() as gone:
+        dead = gone.url
+    gate = make_gate(VLLM_ENDPOINT=f"{dead}, {upstream.url}/v1")
+    user = register(gate)
+    for _ in range(3):
+        assert chat(gate, user.key).status_code == 200
+    listed = call(gate, "GET", "/v1/models", user.key).json()["data"]
+    assert len(listed) == len(BEHAVIOURS) + 1
+
+
+def test_server_that_goes_down_is_passed_over(
+    make_gate: Callable[..., ThreadedGate], upstream: Upstream
+) -> None:
+    """Also when it was there a moment ago; nothing is lost with it."""
+    with Upstream() as going:
+        gate = make_gate(VLLM_ENDPOINT=f"{going.url},{upstream.url}")
+        user = register(gate)
+        assert chat(gate, user.key).status_code == 200
+        gone = going.tokens()
+    upstream.exchanges += going.exchanges
+    for _ in range(3):
+        assert chat(gate, user.key).status_code == 200
+    gate.settle()
+    assert gate.tokens_used(user) == 120
+    assert gone
+
+
+def test_kept_connection_that_vllm_closed_costs_nothing(
+    make_gate: Callable[..., ThreadedGate],
+) -> None:
+    """vLLM closes idle connections; that is no 502, and no request runs twice."""
+    with Upstream(idle_s=0.2) as hasty:
+        gate = make_gate(VLLM_ENDPOINT=hasty.url + "/v1/")
+        gate.upstream = hasty
+        user = register(gate)
+        for _ in range(3):
+            assert chat(gate, user.key).status_code == 200
+            wait_until(lambda: not hasty.connections)
+        assert len(hasty.asked()) == 3
+        gate.settle()
+
+
+def test_only_what_vllm_needs_reaches_it(gate: Gate) -> None:
+    """Case 18: the caller's credentials and traces stay at the gate, which adds its own key."""
+    user = register(gate)
+    headers = {
+        "Cookie": "session=cookie-marker",
+        "X-Request-Id": "chosen-by-the-caller",
+        "X-Forwarded-For": "203.0.113.9",
+        "Forwarded": "for=203.0.113.9",
+        "Accept-Encoding": "gzip, br",
+        "X-Api-Key": "other-key",
+        "TE": "trailers",
+        "Priority": "u=0",
+    }
+    answer = call(gate, "POST", "/v1/chat/completions", user.key, json=chat_body(), headers=headers)
+    got = gate.upstream.asked()[0].headers
+    assert answer.headers["X-Request-Id"] != "chosen-by-the-caller"
+    assert got["Authorization"] == f"Bearer {UPSTREAM_KEY}"
+    assert got["Accept-Encoding"] == "identity"
+    assert got["Content-Type"] == "application/json"
+    everything = str(got)
+    for trace in (user.key, "cookie-marker", "chosen-by", "203.0.113.9", "other-key", "trailers"):
+        assert trace not in everything
+    assert got["Priority"] is None
+
+
+def test_every_other_field_reaches_vllm_unchanged(gate: Gate) -> None:
+    """Case 18: also the fields that nobody knows yet, and whole numbers of any length."""
+    user = register(gate)
+    extra = (
+        '"chat_template_kwargs": {"enable_thinking": false}, "top_k": 40, "temperature": 0.10, '
+        '"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1e3}}}], '
+        '"response_format": {"type": "json_object"}, "seed": 12345678901234567890123, '
+        '"unknown": {"deep": [null, true, "\\u00e4\\ud83d\\ude00", -0.0, 1.0]}, "max_tokens": 5'
+    )
+    body = json.dumps(chat_body())[:-1] + ", " + extra + "}"
+    headers = {"Content-Type": "application/json"}
+    answer = call(gate, "POST", "/v1/chat/completions", user.key, data=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    sent = gate.upstream.asked()[0].json()
+    assert sent == json.loads(body)
+    assert list(sent) == list(json.loads(body))
+
+
+REFUSED_FIELDS: JSONObject = {
+    "priority": 1,
+    "request_id": "mine",
+    "kv_transfer_params": {"do_remote_prefill": True},
+    "vllm_xargs": {"a": 1},
+    "stream_interval": 100,
+    "use_beam_search": True,
+    "best_of": 2,
+    "n": 17,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED_FIELDS.items(), ids=REFUSED_FIELDS)
+def test_field_that_harms_others_is_refused(gate: Gate, name: str, value: Any) -> None:
+    """Case 18: by its name, before vLLM."""
+    user = register(gate)
+    assert_error(chat(gate, user.key, **{name: value}), 400, param=name)
+    assert gate.upstream.asked() == []
+    assert gate.usage() == []
+
+
+BAD_FIELDS: list[JSONObject] = [
+    {"model": None},
+    {"model": 5},
+    {"model": ""},
+    {"stream": "true"},
+    {"stream": 1},
+    {"stream_options": "all"},
+    {"stream_options": []},
+    {"max_tokens": "5"},
+    {"max_tokens": 5.5},
+    {"max_tokens": True},
+    {"max_completion_tokens": "5"},
+    {"n": "1"},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_FIELDS, ids=str)
+def test_field_of_the_wrong_type_is_refused(gate: Gate, bad: JSONObject) -> None:
+    """The fields that the gate reads are strict; the answer names the field."""
+    user = register(gate)
+    body = chat_body("ok", **({"stream": True} if "stream_options" in bad else {})) | bad
+    answer = call(gate, "POST", "/v1/chat/completions", user.key, json=body)
+    if bad != {"model": ""}:
+        assert_error(answer, 400, param=next(iter(bad)))
+    assert 400 <= answer.status_code < 500
+    assert gate.upstream.asked() == []
+
+
+def test_unknown_model_is_404(gate: Gate) -> None:
+    """vLLM is not asked, for it would say which models it has."""
+    user = register(gate)
+    assert_error(chat(gate, user.key, "gpt-4"), 404, "model_not_found")
+    assert_error(call(gate, "GET", "/v1/models/gpt-4", user.key), 404, "model_not_found")
+    assert gate.upstream.asked() == []
+
+
+def test_alias_becomes_the_models_name(make_gate: Callable[..., ThreadedGate]) -> None:
+    """The row has the real name; an alias without a model means the first one vLLM serves."""
+    gate = make_gate(MODEL_ALIASES="llm-user-managed=,tiny=org/tiny")
+    user = register(gate)
+    for alias, model in (("llm-user-managed", "ok"), ("tiny", "org/tiny")):
+        answer = chat(gate, user.key, alias)
+        assert answer.status_code == 200, answer.text
+        assert gate.upstream.asked()[-1].json()["model"] == model
+        assert gate.row(answer).model == model
+
+
+def test_models_are_listed_with_aliases_and_without_paths(gate: Gate) -> None:
+    """vLLM's list, less `root`, which is a path on its disk."""
+    user = register(gate)
+    listed = call(gate, "GET", "/v1/models", user.key)
+    assert listed.status_code == 200
+    assert "/models/" not in listed.text
+    models = {model["id"]: model for model in listed.json()["data"]}
+    assert set(models) == {*BEHAVIOURS, "llm-user-managed"}
+    assert listed.json()["object"] == "list"
+    for model in models.values():
+        assert set(model) >= {"id", "object", "created", "owned_by", "max_model_len"}
+    assert models["llm-user-managed"]["max_model_len"] == MAX_MODEL_LEN
+    assert models["long"]["max_model_len"] == 131072
+    for name in ("ok", "org/tiny", "llm-user-managed"):
+        one = call(gate, "GET", f"/v1/models/{name}", user.key)
+        assert one.json() == models[name]
+    assert_error(call(gate, "GET", "/v1/models"), 401, "missing_api_key")
+
+
+def test_redirect_of_vllm_is_not_followed(gate: Gate) -> None:
+    """Case 19: the second server gets neither the prompt nor the gate's key."""
+    gate.expected_5xx = {502}
+    with Upstream() as second:
+        gate.upstream.redirect_to = second.url
+        user = register(gate)
+        answer = chat(gate, user.key, "redir")
+        assert_error(answer, 502, "upstream_error")
+        assert "Location" not in answer.headers
+        assert second.exchanges == []
+
+
+UNKNOWN_PATHS = [
+    ("POST", "/invocations"),
+    ("GET", "/metrics"),
+    ("POST", "/tokenize"),
+    ("POST", "/pause"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/chat/completions/batch"),
+    ("POST", "/v1/../tokenize"),
+    ("POST", "/v1/%2e%2e/tokenize"),
+    ("POST", "/v1/..%2ftokenize"),
+    ("GET", "/v1//models"),
+    ("GET", "/v1/models/../../metrics"),
+    ("GET", "/V1/models"),
+    ("POST", "/v1/chat/completions/"),
+    ("GET", "/no-such-page"),
+    ("GET", "/"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), UNKNOWN_PATHS)
+def test_nothing_else_of_vllm_is_reachable(gate: Gate, method: str, path: str) -> None:
+    """Case 20: 404 and no redirect."""
+    user = register(gate)
+    headers = {"Authorization": f"Bearer {user.key}", "Content-Type": "application/json"}
+    reply = send_raw(gate, raw_request(method, path, headers, b"{}" if method == "POST" else b""))
+    assert_error(reply, 404)
+    assert "Location" not in reply.headers
+    assert gate.upstream.asked() == []
+    assert not any(x.path not in ("/v1/models", "/health") for x in gate.upstream.exchanges)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("DELETE", "/v1/models", "GET"),
+        ("PUT", "/auth/register", "POST"),
+        ("POST", "/users/me", "GET"),
+        ("TRACE", "/v1/models", "GET"),
+    ],
+)
+def test_wrong_method_is_405(gate: Gate, method: str, path: str, allowed: str) -> None:
+    """Case 20: and the answer says which one is right."""
+    user = register(gate)
+    answer = call(gate, method, path, user.key)
+    assert_error(answer, 405)
+    assert allowed in answer.headers["Allow"]
+    assert gate.upstream.asked() == []
+
+
+def test_http_1_0_client_gets_a_whole_answer(gate: Gate) -> None:
+    """A client without chunked coding reads until the end of the connection."""
+    user = register(gate)
+    request = raw_chat(user.key, chat_body(stream=True)).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    reply = send_raw(gate, request)
+    assert reply.status_code == 200
+    assert reply.content == said_by_vllm(gate.upstream.asked()[0])
+
+
+def test_two_requests_on_one_connection(gate: Gate) -> None:
+    """Keep-alive."""
+    user = register(gate)
+    with connected(gate) as connection:
+        for stream in (False, False, True):
+            connection.sendall(raw_chat(user.key, chat_body(stream=stream)))
+            assert read_reply(connection).status_code == 200
+    assert len(gate.upstream.asked()) == 3
+
+
+def test_upstream_without_usage_options_is_asked_again(gate: Gate) -> None:
+    """A server that refuses continuous_usage_stats still streams, and is remembered."""
+    user = register(gate)
+    for _ in range(2):
+        events = streamed(gate, user.key, "nostreamopts")
+        assert events[-1] == b"data: [DONE]\n\n"
+        assert not any(b'"usage":' in event for event in events)
+    assert len(gate.upstream.asked()) == 3
+    gate.settle()
+    assert [row.total for row in gate.usage(user)] == [30, 30]
+
+
+# ---------------------------------------------------------------------------------------------
+# C. Quota: `tokens_used` never passes `token_limit`, and what is left can be used.
+
+
+def test_quota_ends_exactly(gate: Gate) -> None:
+    """Case 21: the last answer is cut to what is left; after that vLLM sees nothing more."""
+    user = register(gate, token_limit=100)
+    for _ in range(3):
+        answer = chat(gate, user.key, max_tokens=20)
+        assert answer.json()["usage"]["total_tokens"] == 30
+    cut = chat(gate, user.key, max_tokens=20)
+    if cut.status_code == 200:
+        assert cut.json()["usage"]["total_tokens"] == 10 + (100 - 90 - 10)
+    asked = len(gate.upstream.asked())
+    for stream in (False, True):
+        with chat(gate, user.key, max_tokens=20, stream=stream) as refused:
+            error = assert_error(refused, 429, "insufficient_quota")
+    assert error["type"] == "insufficient_quota"
+    assert "of 100 tokens" in error["message"]
+    assert len(gate.upstream.asked()) == asked
+    assert gate.tokens_used(user) <= 100
+
+
+def test_last_answer_is_cut_to_what_is_left(gate: Gate) -> None:
+    """The end of the quota is a `finish_reason` "length", which every client understands."""
+    user = register(gate, token_limit=45)
+    assert chat(gate, user.key, max_tokens=20).json()["usage"]["total_tokens"] == 30
+    answer = chat(gate, user.key, max_tokens=20, min_tokens=10)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 5
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+    sent = gate.upstream.asked()[-1].json()
+    assert sent["max_tokens"] == 5 and sent["min_tokens"] <= 5
+    assert answer.headers["x-ratelimit-remaining-tokens"] == "0"
+    assert gate.tokens_used(user) == 45
+
+
+@dataclass
+class QuotaRace:
+    """What 64 parallel chats of one user got, and the highest counter seen meanwhile."""
+
+    answers: list[requests.Response]
+    highest: int = 0
+
+    @classmethod
+    def run(cls, gates: list[Gate], user: User, model: str = "slow") -> QuotaRace:
+        """Spread 64 chats of 10 + 40 over the gates, polling `tokens_used` all the time."""
+        race = cls([])
+        over = threading.Event()
+
+        def poll() -> None:
+            while not over.wait(0.02):
+                race.highest = max(race.highest, gates[0].tokens_used(user))
+
+        poller = threading.Thread(target=poll)
+        poller.start()
+        try:
+            race.answers = in_parallel(
+                64, lambda i: chat(gates[i % len(gates)], user.key, model, max_tokens=40)
+            )
+        finally:
+            over.set()
+            poller.join()
+        return race
+
+    def check(self, gate: Gate, user: User, limit: int) -> None:
+        """Fail unless the limit held, 18 were answered, and the others were told 429."""
+        answered = [answer for answer in self.answers if answer.status_code == 200]
+        assert len(answered) >= 18
+        for answer in self.answers:
+            if answer.status_code != 200:
+                assert_error(answer, 429)
+                assert answer.json()["error"]["code"] in ("quota_reserved", "insufficient_quota")
+        gate.settle()
+        assert self.highest <= limit
+        spent = sum(answer.json()["usage"]["total_tokens"] for answer in answered)
+        assert gate.tokens_used(user) == spent <= limit
+
+
+def test_parallel_requests_never_pass_the_limit(make_gate: Callable[..., ThreadedGate]) -> None:
+    """Case 22."""
+    gate = make_gate(MAX_REQUESTS_PER_USER="64")
+    user = register(gate, token_limit=1000)
+    QuotaRace.run([gate], user).check(gate, user, 1000)
+
+
+def test_parallel_chats_without_max_tokens_all_run(gate: Gate) -> None:
+    """Case 23: one request does not claim the whole quota."""
+    user = register(gate, token_limit=100_000)
+    answers = in_parallel(8, lambda _: chat(gate, user.key, "paced"))
+    assert [answer.status_code for answer in answers] == [200] * 8
+
+
+def test_both_requests_of_opencode_run(gate: Gate) -> None:
+    """Case 23: it sends a title request and the main one at once, both asking for 32,000."""
+    user = register(gate, token_limit=50_000)
+    long = [{"role": "user", "content": PROMPT + " word" * 2000}]
+    bodies: list[JSONObject] = [{}, {"messages": long}]
+    answers = in_parallel(2, lambda i: chat(gate, user.key, "long", max_tokens=32000, **bodies[i]))
+    assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+
+
+def test_request_waits_for_what_others_hold(gate: Gate) -> None:
+    """While a running request holds the rest of the quota, the answer is "try again"."""
+    user = register(gate, token_limit=100)
+    with chat(gate, user.key, "slow", stream=True, max_tokens=80) as running:
+        events = stream_events(running)
+        next(events)
+        assert_error(chat(gate, user.key, max_tokens=80), 429, "quota_reserved")
+    gate.settle()
+    assert chat(gate, user.key, max_tokens=20).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_each_choice_is_charged(gate: Gate, stream: bool) -> None:
+    """Case 24: `n: 5` costs the prompt once and five completions."""
+    user = register(gate)
+    with chat(gate, user.key, n=5, max_tokens=8, stream=stream) as answer:
+        assert answer.status_code == 200
+        assert answer.content
+        row = gate.row(answer)
+    assert (row.prompt_tokens, row.completion_tokens, row.estimated) == (10, 40, 0)
+
+
+@pytest.mark.parametrize("n", [100_000, 17, 0, -1, 1.5, "5", True])
+def test_bad_n_is_refused(gate: Gate, n: object) -> None:
+    """Case 24."""
+    user = register(gate)
+    assert_error(chat(gate, user.key, n=n), 400, param="n")
+    assert gate.upstream.asked() == []
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", '"abc"', "true", "[]", "NaN", "1e999"])
+def test_bad_max_tokens_is_refused(gate: Gate, name: str, value: str) -> None:
+    """Case 25: and costs nothing."""
+    user = register(gate)
+    body = json.dumps(chat_body())[:-1] + f', "{name}": {value}}}'
+    headers = {"Content-Type": "application/json"}
+    answer = call(gate, "POST", "/v1/chat/completions", user.key, data=body, headers=headers)
+    assert_error(answer, 400)
+    gate.settle()
+    assert gate.tokens_used(user) == 0
+
+
+def test_huge_max_tokens_is_lowered_or_refused(gate: Gate) -> None:
+    """Case 25: 10^18 tokens overflow nothing."""
+    user = register(gate, token_limit=50)
+    answer = chat(gate, user.key, max_tokens=10**18)
+    assert answer.status_code in (200, 400)
+    gate.settle()
+    assert gate.tokens_used(user) <= 50
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_tokens": 5, "max_completion_tokens": 8000},
+        {"max_tokens": 8000, "max_completion_tokens": 5},
+        {"max_tokens": None, "max_completion_tokens": None},
+        {"max_completion_tokens": 8000},
+        {"n": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_no_field_yields_more_than_is_left(gate: Gate, asked: JSONObject, stream: bool) -> None:
+    """Case 25: whichever of the two fields vLLM obeys."""
+    user = register(gate, token_limit=25)
+    with chat(gate, user.key, stream=stream, **asked) as answer:
+        assert answer.status_code == 200, answer.text
+        assert answer.content
+    gate.settle()
+    assert 10 < gate.tokens_used(user) <= 25
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("model", ["nousage", "badusage"])
+def test_answer_without_a_count_is_estimated(gate: Gate, model: str, stream: bool) -> None:
+    """Case 26: the client gets it, and each is charged within what was reserved."""
+    user = register(gate)
+    most = len(json.dumps(chat_body(model))) + 400 + 20
+    totals = []
+    for _ in range(3):
+        with chat(gate, user.key, model, stream=stream, max_tokens=20) as answer:
+            assert answer.status_code == 200
+            assert ANSWER.split()[0] in answer.text
+            row = gate.row(answer)
+        assert row.estimated == 1 and row.status == "ok"
+        assert 0 < row.total <= most
+        totals.append(row.total)
+    assert gate.tokens_used(user) == sum(totals)
+
+
+def test_field_that_stands_twice_is_sent_once(gate: Gate) -> None:
+    """Case 27: what the gate reserved for is what vLLM obeys."""
+    user = register(gate, token_limit=100)
+    body = json.dumps(chat_body())[:-1] + ', "max_tokens": 5, "max_tokens": 8000}'
+    headers = {"Content-Type": "application/json"}
+    answer = call(gate, "POST", "/v1/chat/completions", user.key, data=body, headers=headers)
+    if answer.status_code == 200:
+        (asked,) = gate.upstream.asked()
+        assert asked.body.count(b'"max_tokens"') == 1
+        assert asked.json()["max_tokens"] <= 90
+    else:
+        assert_error(answer, 400)
+    gate.settle()
+    assert gate.tokens_used(user) <= 100
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_prompt_is_counted_exactly_near_the_limit(gate: Gate, stream: bool) -> None:
+    """Case 28: 200 tokens left, a prompt of 150 tokens in more than 600 bytes."""
+    user = register(gate, token_limit=200)
+    messages = [{"role": "user", "content": PROMPT.ljust(600, ".")}]
+    with chat(gate, user.key, messages=messages, max_tokens=20, stream=stream) as answer:
+        assert answer.status_code == 200, answer.text
+        assert answer.content
+        row = gate.row(answer)
+    assert (row.prompt_tokens, row.completion_tokens) == (150, 20)
+    assert any(x.path == "/tokenize" for x in gate.upstream.exchanges)
+
+
+def test_prompt_that_does_not_fit_is_refused_before_vllm(gate: Gate) -> None:
+    """A prompt of 300 tokens is too much for 200; vLLM counts it but does not run it."""
+    user = register(gate, token_limit=200)
+    messages = [{"role": "user", "content": "." * 1200}]
+    assert_error(chat(gate, user.key, messages=messages), 429, "insufficient_quota")
+    assert gate.upstream.asked() == []
+
+
+def test_raised_limit_counts_at_once(gate: Gate) -> None:
+    """The operator's set-limit and reset-usage work while the gate runs."""
+    user = register(gate, token_limit=30)
+    assert chat(gate, user.key, max_tokens=20).status_code == 200
+    assert_error(chat(gate, user.key), 429, "insufficient_quota")
+    run_command(gate, "set-limit", user.name, "60")
+    assert chat(gate, user.key, max_tokens=20).status_code == 200
+    assert_error(chat(gate, user.key), 429, "insufficient_quota")
+    run_command(gate, "reset-usage", user.name)
+    assert gate.tokens_used(user) == 0
+    assert chat(gate, user.key, max_tokens=20).status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------
+# D. Faults: vLLM, the client, the database or the gate itself fails, and the books stay right.
+
+
+@pytest.mark.parametrize("model", ["die", "dieclean"])
+def test_broken_stream_ends_with_an_error_event(gate: Gate, model: str) -> None:
+    """Case 29: never a clean end, for which OpenCode would ask again without end."""
+    user = register(gate)
+    with chat(gate, user.key, model, stream=True) as response:
+        events = list(stream_events(response))
+        row = gate.row(response)
+    assert spoken(events) == " ".join(WORDS[:3]) + " "
+    assert len(events) == 5
+    error = data(events[-1])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == "upstream_error" and not LEAKS.search(error["message"])
+    assert (row.status, row.estimated) == ("error", 0)
+    assert (row.prompt_tokens, row.completion_tokens) == (10, 3)
+
+
+def test_vllms_own_error_event_passes(gate: Gate) -> None:
+    """When the engine dies, vLLM says so in the stream; the row has what came before."""
+    user = register(gate)
+    with chat(gate, user.key, "midstream", stream=True) as response:
+        events = list(stream_events(response))
+        row = gate.row(response)
+    assert b"".join(events) == said_by_vllm(gate.upstream.asked()[0])
+    assert (row.status, row.total) == ("error", 13)
+
+
+@pytest.mark.parametrize("model", ["die", "dieclean", "gzip"])
+def test_broken_plain_answer_is_502(gate: Gate, model: str) -> None:
+    """Case 29: half a body, or one that the gate cannot read, is not passed on."""
+    gate.expected_5xx = {502}
+    user = register(gate)
+    answer = chat(gate, user.key, model)
+    assert_error(answer, 502, "upstream_error")
+    assert gate.row(answer).status == "error"
+
+
+def test_endless_line_is_cut(gate: Gate) -> None:
+    """An event without an end does not fill the gate's memory; vLLM is let go."""
+    user = register(gate)
+    with chat(gate, user.key, "endless", stream=True) as response:
+        events = list(stream_events(response))
+    assert [data(event)["error"]["code"] for event in events] == ["upstream_error"]
+    assert len(gate.upstream.asked()[0].answer()) < 40_000_000
+
+
+def test_silent_vllm_is_cut_in_time(make_gate: Callable[..., ThreadedGate]) -> None:
+    """Case 30, with a shorter timeout: an error event, or 504; vLLM's connection is freed."""
+    gate = make_gate(UPSTREAM_TIMEOUT="2")
+    gate.expected_5xx = {504}
+    user = register(gate)
+
+    def ask(number: int) -> tuple[requests.Response, bytes, float]:
+        began = time.monotonic()
+        with chat(gate, user.key, "silent", stream=number == 1) as answer:
+            return answer, answer.content, time.monotonic() - began
+
+    (plain, _, plain_s), (stream, events, stream_s) = in_parallel(2, ask)
+    assert_error(plain, 504, "upstream_timeout")
+    assert events.count(b"data: ") == 5 and b"[DONE]" not in events
+    assert json.loads(events.split(b"data: ")[-1])["error"]["code"] == "upstream_timeout"
+    assert 2 <= plain_s < 5 and 2 <= stream_s < 5
+    gate.settle()
+    assert gate.row(stream).total == 13
+    assert all(x.left for x in gate.upstream.asked())
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, leave_with_reset], ids=["FIN", "RST"])
+@pytest.mark.parametrize(("model", "n"), [("silent", 1), ("slow", 1), ("slow", 3)])
+def test_client_that_leaves_is_charged_what_vllm_counted(
+    gate: Gate, model: str, n: int, leave: Callable[[socket.socket], None]
+) -> None:
+    """Case 31: vLLM stops within a second; the row is there within two."""
+    user = register(gate)
+    connection = socket.create_connection(gate.address, timeout=10)
+    connection.sendall(raw_chat(user.key, chat_body(model, stream=True, n=n)))
+    read_events(connection, 4 * n)
+    left_at = time.monotonic()
+    leave(connection)
+    (exchange,) = gate.upstream.asked()
+    wait_until(lambda: exchange.closed_at is not None, 2)
+    assert exchange.left and cast(float, exchange.closed_at) - left_at < 1
+    wait_until(lambda: gate.usage(user)[0].status != "pending", 2)
+    (row,) = gate.usage(user)
+    assert (row.status, row.estimated) == ("aborted", 0)
+    assert row.total == exchange.tokens
+    if model == "silent":
+        assert (row.prompt_tokens, row.completion_tokens) == (10, 3)
+
+
+def test_client_that_leaves_is_estimated_where_nothing_is_counted(gate: Gate) -> None:
+    """A server that gives its usage only at the end: the row is marked, within what was held."""
+    user = register(gate)
+    with connected(gate) as connection:
+        connection.sendall(raw_chat(user.key, chat_body("nostreamopts", stream=True)))
+        read_events(connection, 4)
+    wait_until(lambda: gate.usage(user)[0].status != "pending")
+    (row,) = gate.usage(user)
+    assert (row.status, row.estimated) == ("aborted", 1)
+    assert 3 <= row.total < 1000
+
+
+def test_client_that_leaves_a_plain_request_is_charged_whole(gate: Gate) -> None:
+    """Contract 5: it runs to its end."""
+    user = register(gate)
+    with connected(gate) as connection:
+        connection.sendall(raw_chat(user.key, chat_body("slow", max_tokens=10)))
+        wait_until(lambda: gate.upstream.running() == 1)
+    wait_until(lambda: gate.usage(user)[0].status != "pending", 5)
+    (row,) = gate.usage(user)
+    assert (row.prompt_tokens, row.completion_tokens, row.estimated) == (10, 10, 0)
+
+
+def test_clients_that_leave_at_once_leave_nothing_reserved(
+    make_gate: Callable[..., ThreadedGate],
+) -> None:
+    """Case 31: 200 of them, 0 to 30 ms after asking; every row is closed."""
+    gate = make_gate(MAX_REQUESTS_PER_USER="200")
+    user = register(gate)
+    request = raw_chat(user.key, chat_body("slow", stream=True))
+    chance = random.Random(31)
+    delays = [chance.uniform(0, 0.03) for _ in range(200)]
+
+    def ask_and_leave(number: int) -> None:
+        for delay in delays[number::20]:
+            connection = socket.create_connection(gate.address, timeout=10)
+            connection.sendall(request)
+            time.sleep(delay)
+            if delay < 0.015:
+                leave_with_reset(connection)
+            else:
+                connection.close()
+
+    in_parallel(20, ask_and_leave)
+    gate.settle(10)
+    assert {row.status for row in gate.usage(user)} <= {"aborted"}
+    assert chat(gate, user.key).status_code == 200
+
+
+def whole_answers(gate: Gate, user: User, count: int, fields: JSONObject) -> list[str]:
+    """Ask `count` chats at once; return the X-Request-Id of those that came whole."""
+
+    def ask(number: int) -> str:
+        try:
+            with chat(gate, user.key, "slow", max_tokens=number + 1, **fields) as answer:
+                assert answer.status_code == 200, answer.text
+                whole = not fields or b"data: [DONE]" in answer.content
+                return answer.headers["X-Request-Id"] if whole else ""
+        except requests.RequestException:
+            return ""
+
+    return [name for name in in_parallel(count, ask) if name]
+
+
+def test_killed_gate_loses_no_row(start_process: Callable[..., ProcessGate]) -> None:
+    """Case 32: five kills under load; one wait for the leases to run out."""
+    settings = {"MAX_REQUESTS_PER_USER": "400"}
+    gate = start_process(**settings)
+    user = register(gate)
+    whole: list[str] = []
+    chance = random.Random(32)
+    for number in range(5):
+        with ThreadPoolExecutor(2) as pool:
+            streams = pool.submit(whole_answers, gate, user, 20, {"stream": True})
+            plain = pool.submit(whole_answers, gate, user, 20, {})
+            wait_for_rows(gate, 40 * (number + 1))
+            time.sleep(chance.uniform(0.1, 0.4))
+            gate.kill()
+            whole += streams.result() + plain.result()
+        began = time.monotonic()
+        gate = start_process(**settings)
+        assert call(gate, "GET", "/health").status_code == 200
+        assert time.monotonic() - began < 5
+        assert gate.rows("PRAGMA integrity_check") == [("ok",)]
+    rows = {row.request_id: row.status for row in gate.usage()}
+    assert len(rows) == 200
+    assert len(whole) > 20 and set(whole) <= set(rows)
+    assert chat(gate, user.key).status_code == 200
+    gate.settle(40)
+    statuses = Counter(row.status for row in gate.usage())
+    assert set(statuses) == {"ok", "lost"} and statuses["lost"] > 20
+    assert all(row.total > 0 for row in gate.usage())
+
+
+def wait_for_rows(gate: Gate, count: int) -> None:
+    """Wait until so many requests were booked as begun."""
+    wait_until(lambda: gate.rows("SELECT count(*) FROM usage") >= [(count,)], 10)
+
+
+def test_sigterm_lets_answers_end(start_process: Callable[..., ProcessGate]) -> None:
+    """Case 33: a running stream ends properly, new relays are refused, exit status 0."""
+    gate = start_process()
+    gate.expected_5xx = {503}
+    user = register(gate)
+    with chat(gate, user.key, "slow", stream=True, max_tokens=50) as running:
+        events = stream_events(running)
+        next(events)
+        gate.process.terminate()
+        wait_until(lambda: is_refused(gate, user))
+        assert list(events)[-1] == b"data: [DONE]\n\n"
+    assert gate.process.wait(10) == 0
+    assert [(row.status, row.total) for row in gate.usage() if row.status == "ok"][-1] == ("ok", 60)
+    assert gate.complaints() == []
+    gate.check_output(gate.output, gate.errors)
+
+
+def is_refused(gate: Gate, user: User) -> bool:
+    """Return whether a new relay is refused because the gate is ending."""
+    try:
+        answer = chat(gate, user.key)
+    except requests.ConnectionError:
+        return True
+    if answer.status_code == 200:
+        return False
+    assert_error(answer, 503, "draining")
+    return True
+
+
+def test_drain_ends_what_takes_too_long(gate: ThreadedGate) -> None:
+    """A stream that does not end in time gets an error event, and its row is booked."""
+    user = register(gate)
+    with chat(gate, user.key, "silent", stream=True) as running:
+        events = stream_events(running)
+        seen = [next(events) for _ in range(4)]
+        gate.server.drain(0.2)
+        gate.stopped = True
+        seen += list(events)
+    assert data(seen[-1])["error"]["code"] == "draining"
+    gate.thread.join(5)
+    assert not gate.thread.is_alive()
+    assert gate.complaints() == []
+    assert [row.total for row in gate.usage()] == [13]
+
+
+HOLD_LOCK = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def database_locked(gate: Gate) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process holds the database's write lock until its stdin ends."""
+    path = gate.database_url.removeprefix("sqlite:///")
+    arguments = [sys.executable, "-c", HOLD_LOCK, path]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"locked\n"
+        yield process
+        if process.stdin and not process.stdin.closed:
+            process.stdin.close()
+
+
+def test_chat_waits_for_a_locked_database(gate: Gate) -> None:
+    """Case 34: three seconds are bridged."""
+    user = register(gate)
+    with database_locked(gate) as locker, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat, gate, user.key)
+        with contextlib.suppress(TimeoutError):
+            answer.result(3)
+        assert not answer.done()
+        assert locker.stdin
+        locker.stdin.close()
+        assert answer.result(5).status_code == 200
+
+
+def test_database_locked_for_too_long_is_503(start_process: Callable[..., ProcessGate]) -> None:
+    """Case 34: and vLLM sees nothing. What ended meanwhile is booked when the lock is gone."""
+    gate = start_process()
+    gate.expected_5xx, gate.may_log_traceback = {503}, True
+    user = register(gate)
+    with chat(gate, user.key, "slow", stream=True, max_tokens=5) as running:
+        events = stream_events(running)
+        next(events)
+        with database_locked(gate):
+            assert_error(chat(gate, user.key), 503)
+            assert len(gate.upstream.asked()) == 1
+            assert spoken(list(events)).startswith(" ".join(WORDS[:4]))
+    assert chat(gate, user.key).status_code == 200
+    gate.settle(10)
+    assert gate.tokens_used(user) == 15 + 30
+
+
+@pytest.fixture
+def postgres_env(postgres_url: str) -> dict[str, str]:
+    """Settings of an instance that shares a PostgreSQL."""
+    return {
+        "DATABASE_URL": postgres_url,
+        "JWT_SECRET_KEY": JWT_SECRET,
+        "MAX_REQUESTS_PER_USER": "64",
+    }
+
+
+def start_two(
+    start_process: Callable[..., ProcessGate], env: dict[str, str], tmp_path: Path
+) -> list[Gate]:
+    """Start two instances side by side, each in a directory of its own."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    return [start_process(tmp_path / name, **env) for name in ("one", "two")]
+
+
+def test_two_instances_share_one_quota(
+    postgres_env: dict[str, str], start_process: Callable[..., ProcessGate], tmp_path: Path
+) -> None:
+    """Case 35: case 22 over both; a key made at one works at the other at once."""
+    gates = start_two(start_process, postgres_env, tmp_path)
+    user = register(gates[0], token_limit=1000)
+    assert call(gates[1], "GET", "/users/me", login(gates[0], user)).status_code == 200
+    race = QuotaRace.run(gates, user)
+    race.check(gates[0], user, 1000)
+
+
+def test_surviving_instance_closes_the_rows_of_the_dead_one(
+    postgres_env: dict[str, str], start_process: Callable[..., ProcessGate], tmp_path: Path
+) -> None:
+    """Case 35: kill -9 of one under load; the other goes on. The leases are ended by hand."""
+    one, two = start_two(start_process, postgres_env, tmp_path)
+    user = register(one)
+    with ThreadPoolExecutor(2) as pool:
+        dying = pool.submit(whole_answers, one, user, 10, {"stream": True})
+        living = pool.submit(whole_answers, two, user, 10, {"stream": True})
+        wait_for_rows(one, 20)
+        cast(ProcessGate, one).kill()
+        assert len(dying.result()) < 10
+        assert len(living.result()) == 10
+    assert chat(two, user.key).status_code == 200
+    with psycopg.connect(two.database_url.replace("+psycopg", "")) as connection:
+        connection.execute("UPDATE usage SET lease_until = lease_until - 60")
+    two.settle(15)
+    statuses = Counter(row.status for row in two.usage())
+    assert set(statuses) == {"ok", "lost"} and statuses["lost"] >= 5
+    assert statuses["ok"] >= 11
+
+
+# ---------------------------------------------------------------------------------------------
+# E. Load and hygiene: many at once, hostile clients, and what is left on the disk.
+
+
+@contextlib.contextmanager
+def upstream_process() -> Iterator[str]:
+    """The stand-in in a process of its own, so that it does not share this one's lock; its URL."""
+    arguments = [sys.executable, __file__, "upstream", "0"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        url = re.search(r"http://[\d.:]+", process.stdout.readline())
+        assert url
+        try:
+            yield url[0]
+        finally:
+            process.kill()
+
+
+def open_streams(gate: Gate, users: list[User], count: int) -> dict[socket.socket, bytes]:
+    """Ask for `count` streams of `paced` at once, each with a marker of its own."""
+    opened = {}
+    for number in range(count):
+        marker = f"marker-{number:03d}"
+        messages = [{"role": "user", "content": f"{PROMPT} {marker}"}]
+        connection = socket.create_connection(gate.address, timeout=20)
+        key = users[number % len(users)].key
+        connection.sendall(raw_chat(key, chat_body("paced", messages=messages, stream=True)))
+        opened[connection] = marker.encode()
+    return opened
+
+
+def read_streams(opened: dict[socket.socket, bytes], begun: threading.Event) -> list[float]:
+    """Read all streams to their ends, each whole and with its own marker; return the delays.
+
+    Sets `begun` when every stream has brought its first bytes.
+    """
+    delays, received = [], dict.fromkeys(opened, b"")
+    with selectors.DefaultSelector() as selector:
+        for connection in opened:
+            selector.register(connection, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(20)
+            now = time.monotonic()
+            assert ready, "streams stand still"
+            for entry, _ in ready:
+                connection = cast(socket.socket, entry.fileobj)
+                piece = connection.recv(65536)
+                received[connection] += piece
+                if not begun.is_set() and all(received.values()):
+                    begun.set()
+                delays += [now - float(at) for at in re.findall(rb"marker-\d+ ([\d.]+)", piece)]
+                if not piece or received[connection].endswith(b"\r\n0\r\n\r\n"):
+                    selector.unregister(connection)
+                    connection.close()
+    for connection, answer in received.items():
+        assert answer.startswith(b"HTTP/1.1 200"), answer[:500]
+        assert b"data: [DONE]" in answer
+        said = re.findall(rb'"content":"(\S+) ', answer)
+        assert said == [opened[connection]] * 50
+    return delays
+
+
+def test_hundred_streams_run_side_by_side(start_process: Callable[..., ProcessGate]) -> None:
+    """Case 36: none fails or is mixed up, p99 of the added delay < 100 ms, login and usage < 1 s."""
+    rounds: list[tuple[float, float]] = []
+
+    def share_of_bounds() -> float:
+        waits, begun = [0.0], threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            delays = pool.submit(read_streams, open_streams(gate, users, 100), begun)
+            begun.wait(20)
+            while not delays.done():
+                moments = [time.monotonic()]
+                token = login(gate, users[1])
+                moments.append(time.monotonic())
+                assert call(gate, "GET", "/users/usage", token).status_code == 200
+                moments.append(time.monotonic())
+                waits += [after - before for before, after in itertools.pairwise(moments)]
+                time.sleep(0.3)
+        assert len(delays.result()) == 5000
+        rounds.append((statistics.quantiles(delays.result(), n=100)[98], max(waits)))
+        return max(rounds[-1][0] / 0.1, rounds[-1][1] / 1.0)
+
+    with upstream_process() as url:
+        gate = start_process(VLLM_ENDPOINT=url)
+        users = [register(gate) for _ in range(7)]
+        best = best_of_three(share_of_bounds, 1)
+        wait_until(lambda: gate.reserved() == 0)
+        rows = gate.usage()
+        gate.stop()
+    gate.check_output(gate.output, gate.errors)
+    assert {(row.status, row.estimated, row.total) for row in rows} == {("ok", 0, 60)}
+    assert len(rows) == 100 * len(rounds)
+    assert best < 1, rounds
+
+
+def test_seventeenth_request_of_a_user_is_refused(gate: Gate) -> None:
+    """Case 36: one user does not take all threads; another one is served."""
+    user, other = register(gate), register(gate)
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(chat(gate, user.key, "silent", stream=True)) for _ in range(16)
+        ]
+        assert [answer.status_code for answer in running] == [200] * 16
+        assert_error(chat(gate, user.key), 429, "rate_limit_exceeded")
+        assert chat(gate, other.key).status_code == 200
+    wait_until(lambda: chat(gate, user.key).status_code == 200)
+
+
+def test_full_gate_is_overloaded_but_answers(make_gate: Callable[..., ThreadedGate]) -> None:
+    """When relays hold all threads but the few kept free: 503, while login and usage go on."""
+    gate = make_gate(THREADS="8", MAX_REQUESTS_PER_USER="100")
+    gate.expected_5xx = {503}
+    user = register(gate)
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(chat(gate, user.key, "silent", stream=True)) for _ in range(9)
+        ]
+        refused = [answer for answer in running if answer.status_code != 200]
+        assert refused and len(refused) < 9
+        for answer in refused:
+            assert_error(answer, 503, "overloaded")
+        began = time.monotonic()
+        assert me(gate, user)["tokens_used"] >= 0
+        assert call(gate, "GET", "/health").status_code == 200
+        assert time.monotonic() - began < 1
+    wait_until(lambda: chat(gate, user.key).status_code == 200)
+
+
+def test_idle_and_slow_connections_do_no_harm(start_process: Callable[..., ProcessGate]) -> None:
+    """Case 37: 1,200 that say nothing and 200 that say a byte at a time."""
+    gate = start_process()
+    user = register(gate)
+    assert chat(gate, user.key).status_code == 200
+    before = gate.descriptors()
+    request = raw_chat(user.key, chat_body())
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connected(gate)) for _ in range(1400)]
+        for position in range(5):
+            for connection in connections[:200]:
+                connection.sendall(request[position : position + 1])
+            began = time.monotonic()
+            assert chat(gate, user.key).status_code == 200
+            assert time.monotonic() - began < 2
+    wait_until(lambda: gate.descriptors() <= before + 2, 5)
+    assert chat(gate, user.key).status_code == 200
+
+
+def test_body_that_declares_too_much_is_refused_unread(gate: Gate) -> None:
+    """Case 38: 2 GB are refused before the first byte of them."""
+    user = register(gate)
+    headers = {"Authorization": f"Bearer {user.key}", "Content-Type": "application/json"}
+    request = raw_request(
+        "POST", "/v1/chat/completions", headers | {"Content-Length": str(2 * 10**9)}
+    )
+    assert_error(send_raw(gate, request), 413)
+
+
+def test_chunked_body_that_grows_too_large_is_refused(gate: Gate) -> None:
+    """Case 38: 33 MB in chunks."""
+    user = register(gate)
+    headers = {
+        "Authorization": f"Bearer {user.key}",
+        "Content-Type": "application/json",
+        "Transfer-Encoding": "chunked",
+    }
+    chunk = b"%x\r\n%s\r\n" % (1 << 20, b" " * (1 << 20))
+    with connected(gate) as connection:
+        connection.sendall(raw_request("POST", "/v1/chat/completions", headers))
+        with contextlib.suppress(ConnectionError):
+            for _ in range(33):
+                connection.sendall(chunk)
+            connection.sendall(b"0\r\n\r\n")
+        assert_error(read_reply(connection), 413)
+    assert gate.upstream.asked() == []
+
+
+def test_body_within_the_bound_is_relayed(gate: Gate) -> None:
+    """30 MB, for the images that models read; vLLM's own 400 comes back."""
+    user = register(gate, token_limit=100_000_000)
+    messages = [{"role": "user", "content": "x" * (30 << 20)}]
+    answer = chat(gate, user.key, messages=messages)
+    assert answer.status_code == 400
+    assert "maximum context length" in answer.json()["error"]["message"]
+
+
+def test_chunked_body_is_relayed(gate: Gate) -> None:
+    """A client may send its request in chunks."""
+    user = register(gate)
+    pieces = [json.dumps(chat_body()).encode()[at : at + 20] for at in range(0, 200, 20)]
+    headers = {"Content-Type": "application/json"}
+    body = iter([piece for piece in pieces if piece])
+    answer = call(gate, "POST", "/v1/chat/completions", user.key, data=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+
+
+def test_oversized_headers_are_refused(gate: Gate) -> None:
+    """Case 38: 300 KB of headers."""
+    filler = {f"X-Filler-{number}": "x" * 3000 for number in range(100)}
+    with connected(gate) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(raw_request("GET", "/v1/models", filler))
+        assert read_reply(connection).status_code == 431
+
+
+def test_no_secret_is_written_anywhere(start_process: Callable[..., ProcessGate]) -> None:
+    """Case 39: passwords, keys, JWTs, prompts, answers, in no log, no output, no usage row."""
+    gate = start_process()
+    user = register(gate)
+    token = login(gate, user)
+    key = replace_key(gate, token)
+    gate.expected_5xx = {502}
+    for model in ("ok", "e400", "e401", "e500", "nousage", "badusage", "badjson", "die", "nope"):
+        for stream in (False, True):
+            with chat(gate, key, model, stream=stream) as answer:
+                assert answer.content
+    chat(gate, user.key)
+    chat(gate, key, priority=1)
+    call(gate, "GET", f"/users/me?token={token}")
+    call(gate, "GET", f"/v1/models/none?key={key}", key)
+    call(gate, "POST", "/auth/token", data={"username": PASSWORD, "password": PASSWORD})
+    call(gate, "POST", "/auth/register", json={"username": user.name, "password": PASSWORD})
+    gate.settle()
+    secrets = gate.secrets | {JWT_SECRET, (gate.log.parent / "llmgate.secret").read_text().strip()}
+    rows = str(gate.rows("SELECT * FROM usage"))
+    stored = str(gate.rows("SELECT * FROM users")) + str(gate.rows("SELECT * FROM api_keys"))
+    for secret in secrets:
+        assert secret not in rows and secret not in stored
+    gate.secrets = secrets
+    gate.stop()
+    gate.check_output(gate.output, gate.errors)
+
+
+def test_line_breaks_from_a_caller_make_no_log_line(gate: Gate) -> None:
+    """Case 39: in a path, a name or a model's name."""
+    user = register(gate)
+    forged = "\r\n2026-01-01 FORGED line"
+    quoted = urllib.parse.quote(forged)
+    call(gate, "GET", f"/v1/models/x{quoted}", user.key)
+    call(gate, "GET", f"/x{quoted}")
+    try_login(gate, "x" + forged, "wrong-password")
+    call(gate, "POST", "/auth/register", json={"username": "x" + forged, "password": PASSWORD})
+    chat(gate, user.key, "ok" + forged)
+    lines = gate.log.read_text().splitlines() if gate.log.exists() else []
+    assert not [line for line in lines if line.startswith("2026-01-01 FORGED")]
+
+
+def test_first_start_makes_private_files_and_the_second_keeps_them(
+    start_process: Callable[..., ProcessGate], tmp_path: Path
+) -> None:
+    """Case 40: 0600 under any umask; the old JWT and key still work."""
+    old_umask = os.umask(0o022)
+    try:
+        gate = start_process()
+    finally:
+        os.umask(old_umask)
+    user = register(gate)
+    token = login(gate, user)
+    assert chat(gate, user.key).status_code == 200
+    made = {
+        path.name: stat.S_IMODE(path.stat().st_mode)
+        for path in tmp_path.iterdir()
+        if path.name not in ("stdout", "stderr")
+    }
+    assert {"llmgate.db", "llmgate.db-wal", "llmgate.db-shm"} < set(made)
+    assert {"llmgate.secret", "server.log"} < set(made)
+    assert set(made.values()) == {0o600}, made
+    gate.settle()
+    gate.stop()
+    again = start_process()
+    again.secrets |= gate.secrets
+    assert call(again, "GET", "/users/me", token).json()["api_key"] == user.key
+    assert chat(again, user.key).status_code == 200
+
+
+def refusal(directory: Path, **settings: str) -> str:
+    """Start a gate that must refuse to; return the one line it says."""
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "llmgate.py")],
+        cwd=directory,
+        env=clean_env() | {"PORT": "0"} | settings,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
+    return ended.stderr
+
+
+BAD_SETTINGS = {
+    "VLLM_ENDPOINT": "not a url",
+    "PORT": "http",
+    "DATABASE_URL": "mysql://root@db/x",
+    "JWT_SECRET_KEY": "secret-marker-short",
+    "JWT_EXPIRATION_HOURS": "0",
+    "DEFAULT_TOKEN_LIMIT": "-5",
+    "MAX_TOKEN_LIMIT": "many",
+    "REGISTRATION": "maybe",
+    "MODEL_ALIASES": "no-equals-sign",
+    "THREADS": "0",
+    "MAX_REQUESTS_PER_USER": "0",
+    "UPSTREAM_TIMEOUT": "soon",
+    "MAX_BODY_MB": "-1",
+    "OPENCODE_DISCOVERY": "perhaps",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_SETTINGS.items(), ids=BAD_SETTINGS)
+def test_bad_setting_is_named_and_not_echoed(name: str, value: str) -> None:
+    """Case 40: it may be a secret in the wrong place."""
+    with pytest.raises(llmgate.SettingsError, match=name) as raised:
+        llmgate.Settings.from_env({name: value})
+    assert "\n" not in str(raised.value)
+    assert "secret-marker" not in str(raised.value)
+
+
+def test_start_that_cannot_be_is_one_line(
+    start_process: Callable[..., ProcessGate], tmp_path: Path
+) -> None:
+    """Case 40: a bad value, a port in use, users but no secret."""
+    (tmp_path / "other").mkdir()
+    assert "JWT_SECRET_KEY" in refusal(tmp_path / "other", JWT_SECRET_KEY="short")
+    gate = start_process()
+    register(gate)
+    port = gate.address[1]
+    assert "PORT" in refusal(tmp_path / "other", PORT=str(port))
+    gate.stop()
+    (tmp_path / "llmgate.secret").unlink()
+    assert "llmgate.secret" in refusal(tmp_path)
+    assert not (tmp_path / "llmgate.secret").exists()
+
+
+def test_public_address_closes_registration() -> None:
+    """Case 40: HOST=0.0.0.0 without REGISTRATION."""
+    assert llmgate.Settings.from_env({"HOST": "0.0.0.0"}).registration == "closed"
+    assert llmgate.Settings.from_env({}).registration == "open"
+    open_to_all = {"HOST": "0.0.0.0", "REGISTRATION": "open"}
+    assert llmgate.Settings.from_env(open_to_all).registration == "open"
+
+
+def test_invitation_opens_registration(make_gate: Callable[..., ThreadedGate]) -> None:
+    """REGISTRATION=invite needs its token."""
+    with pytest.raises(llmgate.SettingsError, match="REGISTRATION_TOKEN"):
+        llmgate.Settings.from_env({"REGISTRATION": "invite"})
+    gate = make_gate(REGISTRATION="invite", REGISTRATION_TOKEN="invitation-marker-77")
+    for token in ({}, {"registration_token": "another"}, {"registration_token": 5}):
+        body = {"username": "ida", "password": PASSWORD} | token
+        assert_error(call(gate, "POST", "/auth/register", json=body), 403, "registration_closed")
+    gate.secrets.add("invitation-marker-77")
+    assert register(gate, "ida", registration_token="invitation-marker-77").id == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# F. The rest of the contract: the usage report, OpenCode, the operator's commands, the schema.
+
+
+def run_command(gate: Gate, *arguments: str, stdin: str = "") -> str:
+    """Run `python llmgate.py ARGUMENTS` beside a gate; return what it prints."""
+    return command(gate.directory, gate.env, *arguments, stdin=stdin).stdout
+
+
+def command(
+    directory: Path, env: Mapping[str, str], *arguments: str, stdin: str = "", status: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run `python llmgate.py ARGUMENTS` in a directory; fail unless it exits with `status`."""
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "llmgate.py"), *arguments],
+        cwd=directory,
+        env=clean_env() | dict(env),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert ended.returncode == status, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert PASSWORD not in ended.stdout + ended.stderr
+    return ended
+
+
+def test_usage_report_adds_up(gate: Gate) -> None:
+    """Contract 5: by model, key and day, and the last rows."""
+    user = register(gate, token_limit=10_000)
+    for model in ("ok", "org/tiny", "ok"):
+        assert chat(gate, user.key, model, max_tokens=5).status_code == 200
+    assert streamed(gate, user.key, "ok", max_tokens=5)
+    gate.settle()
+    report = call(gate, "GET", "/users/usage?days=7", user.key).json()
+    assert (report["tokens_used"], report["token_limit"]) == (60, 10_000)
+    assert (report["remaining"], report["reserved"], report["requests"]) == (9_940, 0, 4)
+    by_model = {item["model"]: item for item in report["by_model"]}
+    assert by_model["ok"]["requests"] == 3 and by_model["org/tiny"]["completion_tokens"] == 5
+    (day,) = report["by_day"]
+    assert day["date"] == time.strftime("%Y-%m-%d", time.gmtime())
+    assert (day["prompt_tokens"], day["completion_tokens"], day["requests"]) == (40, 20, 4)
+    assert [item["requests"] for item in report["by_key"]] == [4]
+    assert len(report["recent"]) == 4
+    assert {row["status"] for row in report["recent"]} == {"ok"}
+    assert PROMPT not in json.dumps(report)
+
+
+def test_usage_report_is_of_the_caller_only(gate: Gate) -> None:
+    """Nobody reads another one's numbers."""
+    user, other = register(gate), register(gate)
+    assert chat(gate, user.key).status_code == 200
+    gate.settle()
+    report = call(gate, "GET", "/users/usage", other.key).json()
+    assert (report["tokens_used"], report["requests"], report["recent"]) == (0, 0, [])
+
+
+def test_usage_report_shows_what_is_reserved(gate: Gate) -> None:
+    """While an answer runs, its worst case is held."""
+    user = register(gate)
+    with chat(gate, user.key, "silent", stream=True, max_tokens=100) as running:
+        next(stream_events(running))
+        report = call(gate, "GET", "/users/usage", user.key).json()
+        assert report["reserved"] >= 100
+        assert report["recent"][0]["status"] == "pending"
+
+
+def test_usage_report_is_drawn_for_curl(gate: Gate) -> None:
+    """Accept: text/plain gives a table and a bar, within 80 columns."""
+    user = register(gate)
+    assert chat(gate, user.key).status_code == 200
+    headers = {"Accept": "text/plain"}
+    answer = call(gate, "GET", "/users/usage", user.key, headers=headers)
+    assert answer.headers["Content-Type"].startswith("text/plain")
+    text = answer.content.decode()
+    assert user.name in text and time.strftime("%Y-%m-%d", time.gmtime()) in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "many", "1.5", "", "99999999999"])
+def test_bad_days_are_refused(gate: Gate, days: str) -> None:
+    """The report's only parameter is strict."""
+    user = register(gate)
+    assert_error(call(gate, "GET", f"/users/usage?days={days}", user.key), 400, param="days")
+
+
+def test_opencode_configuration_is_complete(gate: Gate) -> None:
+    """Contract 6: every model with its limits; the key comes from the environment."""
+    user = register(gate)
+    config = call(gate, "GET", "/opencode.json", user.key).json()
+    (provider,) = config["provider"].values()
+    assert provider["options"]["baseURL"] == f"{gate.url}/v1"
+    assert provider["options"]["apiKey"] == "{env:LLMGATE_API_KEY}"
+    assert set(provider["models"]) == {*BEHAVIOURS, "llm-user-managed"}
+    for model in provider["models"].values():
+        assert 0 < model["limit"]["output"] <= model["limit"]["context"]
+        assert model["tool_call"] is True
+    assert provider["models"]["ok"]["limit"]["context"] == MAX_MODEL_LEN
+    assert provider["models"]["long"]["limit"]["context"] == 131072
+    assert provider["models"]["llm-user-managed"]["id"] == "ok"
+    name, _, model = config["model"].partition("/")
+    assert name in config["provider"] and model in provider["models"]
+    assert_error(call(gate, "GET", "/opencode.json"), 401)
+
+
+def test_forwarded_headers_count_only_from_the_proxy(
+    make_gate: Callable[..., ThreadedGate],
+) -> None:
+    """TRUSTED_PROXY: what it says of host and protocol is believed, nobody else's word is."""
+    headers = {"X-Forwarded-Host": "gate.example", "X-Forwarded-Proto": "https"}
+
+    def base_url(gate: Gate) -> str:
+        answer = call(gate, "GET", "/opencode.json", register(gate).key, headers=headers)
+        return str(next(iter(answer.json()["provider"].values()))["options"]["baseURL"])
+
+    gate = make_gate(ALLOWED_HOSTS="gate.example,127.0.0.1")
+    assert base_url(gate) == f"{gate.url}/v1"
+    gate = make_gate(ALLOWED_HOSTS="gate.example,127.0.0.1", TRUSTED_PROXY="127.0.0.1")
+    assert base_url(gate) == "https://gate.example/v1"
+
+
+def test_opencode_discovery_can_be_turned_off(make_gate: Callable[..., ThreadedGate]) -> None:
+    """It shows model names without a key."""
+    shown = call(make_gate(), "GET", "/.well-known/opencode").json()
+    assert shown["auth"]["env"] == "LLMGATE_API_KEY"
+    assert shown["config"]["provider"]
+    hidden = call(make_gate(OPENCODE_DISCOVERY="off"), "GET", "/.well-known/opencode")
+    assert_error(hidden, 404)
+
+
+def test_health_needs_no_key(gate: Gate) -> None:
+    """Contract 7."""
+    assert call(gate, "GET", "/health").status_code == 200
+
+
+def test_lost_database_is_503(
+    postgres_env: dict[str, str], start_process: Callable[..., ProcessGate]
+) -> None:
+    """Contract 7: /health says so; vLLM sees nothing."""
+    gate = start_process(**postgres_env)
+    user = register(gate)
+    url = sqlalchemy.make_url(gate.database_url)
+    server = os.environ["LLMGATE_TEST_POSTGRES_URL"].replace("+psycopg", "")
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {url.database} WITH (FORCE)".encode())
+    assert_error(call(gate, "GET", "/health"), 503)
+    assert_error(chat(gate, user.key), 503)
+    assert gate.upstream.asked() == []
+    gate.kill()
+
+
+def test_changed_secret_hides_keys_but_keeps_them_working(
+    make_gate: Callable[..., ThreadedGate],
+) -> None:
+    """Contract 2: `api_key` is null with a hint; old JWTs are refused."""
+    before = make_gate()
+    user = register(before)
+    token = login(before, user)
+    after = make_gate(JWT_SECRET_KEY="another-secret-marker" + "1" * 32)
+    assert_error(call(after, "GET", "/users/me", token), 401, "invalid_token")
+    seen = me(after, user)
+    assert seen["api_key"] is None and "/users/me/api-key" in str(seen)
+    assert chat(after, user.key).status_code == 200
+    key = replace_key(after, login(after, user))
+    assert me(after, user)["api_key"] == key
+    assert_error(chat(after, user.key), 401)
+
+
+COMMANDS = [
+    "create-tables",
+    "create-user",
+    "users",
+    "usage",
+    "set-limit",
+    "reset-usage",
+    "disable",
+    "enable",
+    "set-password",
+    "check",
+]
+
+
+def test_help_explains_every_command(tmp_path: Path) -> None:
+    """Contract 7; asking for help makes no file."""
+    text = command(tmp_path, {}, "--help").stdout
+    assert "--token-limit" in command(tmp_path, {}, "create-user", "--help").stdout
+    for name in COMMANDS:
+        assert re.search(rf"^\s+{name}\b.*\w", text, re.MULTILINE), name
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_command_is_refused(tmp_path: Path) -> None:
+    """Exit status 2, and no server is started."""
+    assert command(tmp_path, {}, "no-such-command", status=2).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_operator_manages_users_while_the_gate_runs(gate: Gate) -> None:
+    """Contract 7: create-user, users, usage, set-password, each seen by the running gate."""
+    made = run_command(gate, "create-user", "olga", "--token-limit", "777", stdin=PASSWORD + "\n")
+    key = re.search(r"sk-llmgate-\w+", made)
+    assert key
+    gate.secrets.add(key[0])
+    user = User(1, "olga", PASSWORD, key[0])
+    assert me(gate, user)["token_limit"] == 777
+    assert chat(gate, user.key, max_tokens=5).status_code == 200
+    gate.settle()
+    users = run_command(gate, "users")
+    assert re.search(r"olga\b.*\b15\b.*\b777\b|olga\b.*\b777\b.*\b15\b", users), users
+    assert "ok" in run_command(gate, "usage", "olga")
+    assert "olga" in run_command(gate, "usage")
+    token = login(gate, user)
+    run_command(gate, "set-password", "olga", stdin=PASSWORD + "-2\n")
+    assert_error(call(gate, "GET", "/users/me", token), 401)
+    assert try_login(gate, "olga", PASSWORD + "-2").status_code == 200
+
+
+def test_command_for_nobody_says_so(gate: Gate) -> None:
+    """One line and a status that a script can see; also for a name that is taken."""
+    register(gate, "paul")
+    for arguments in (
+        ("set-limit", "nobody", "5"),
+        ("reset-usage", "nobody"),
+        ("create-user", "PAUL"),
+        ("set-limit", "paul", "0"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, str(HERE / "llmgate.py"), *arguments],
+            cwd=gate.directory,
+            env=clean_env() | dict(gate.env),
+            input=PASSWORD + "\n",
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        assert ended.returncode != 0, arguments
+        assert "Traceback" not in ended.stderr and ended.stderr.strip(), arguments
+
+
+def test_check_finds_what_differs(gate: Gate) -> None:
+    """Contract 7: it recounts tokens_used from the rows."""
+    user = register(gate)
+    assert chat(gate, user.key).status_code == 200
+    gate.settle()
+    assert user.name not in run_command(gate, "check")
+    with contextlib.closing(sqlite3.connect(gate.database_url.removeprefix("sqlite:///"))) as db:
+        db.execute("UPDATE users SET tokens_used = tokens_used + 7")
+        db.commit()
+        ended = command(gate.directory, gate.env, "check", status=1)
+        assert user.name in ended.stdout + ended.stderr
+        db.execute("UPDATE users SET tokens_used = tokens_used - 7")
+        db.commit()
+
+
+def test_reset_of_all_keeps_the_rows(gate: Gate) -> None:
+    """Contract 7: reset-usage --all; the sum of the rows stays the counter."""
+    users = [register(gate), register(gate)]
+    for user in users:
+        assert chat(gate, user.key).status_code == 200
+    gate.settle()
+    run_command(gate, "reset-usage", "--all")
+    assert [gate.tokens_used(user) for user in users] == [0, 0]
+    assert len([row for row in gate.usage() if row.endpoint == "chat/completions"]) == 2
+    assert call(gate, "GET", "/users/usage", users[0].key).json()["tokens_used"] == 0
+
+
+def test_create_tables_makes_an_empty_database(tmp_path: Path) -> None:
+    """Contract 7: without starting a server."""
+    command(tmp_path, {}, "create-tables")
+    assert query(f"sqlite:///{tmp_path / 'llmgate.db'}", "SELECT count(*) FROM users") == [(0,)]
+    assert stat.S_IMODE((tmp_path / "llmgate.db").stat().st_mode) == 0o600
+
+
+def test_every_setting_is_documented() -> None:
+    """Each field of Settings stands in .env.example and in the README."""
+    example, readme = (HERE / name for name in (".env.example", "README.md"))
+    for item in fields(llmgate.Settings):
+        name = item.name.upper()
+        assert re.search(rf"^#? ?{name}=", example.read_text(), re.MULTILINE), name
+        assert re.search(rf"\b{name}\b", readme.read_text()), name
+
+
+def structure(engine: sqlalchemy.Engine) -> dict[str, object]:
+    """Return what a database says of its tables, without the names of constraints."""
+    inspector = sqlalchemy.inspect(engine)
+    found: dict[str, object] = {}
+    for table in sorted(inspector.get_table_names()):
+        columns = inspector.get_columns(table)
+        keys = inspector.get_foreign_keys(table)
+        checks = inspector.get_check_constraints(table)
+        indexes = [i for i in inspector.get_indexes(table) if "duplicates_constraint" not in i]
+        found[table] = {
+            "columns": [(c["name"], str(c["type"]), c["nullable"]) for c in columns],
+            "defaults": [plain_default(c["default"]) for c in columns if c["name"] != "id"],
+            "primary key": inspector.get_pk_constraint(table)["constrained_columns"],
+            "foreign keys": {(str(k["constrained_columns"]), k["referred_table"]) for k in keys},
+            "uniques": {str(u["column_names"]) for u in inspector.get_unique_constraints(table)},
+            "checks": {" ".join(c["sqltext"].split()) for c in checks},
+            "indexes": sorted(map(str, indexes)),
+        }
+    return found
+
+
+def plain_default(default: str | None) -> str | None:
+    """Return a column's default without quotes and PostgreSQL's cast: 0, '0' and '0'::bigint."""
+    return default and re.sub(r"::\w+$", "", default).strip("'")
+
+
+def both_structures(
+    from_file: sqlalchemy.Engine, from_models: sqlalchemy.Engine
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Make the tables of schema.sql in one database and the models' in the other; read both."""
+    llmgate.create_tables(from_file)
+    llmgate.create_tables(from_file)
+    llmgate.Base.metadata.create_all(from_models)
+    with warnings.catch_warnings():  # SQLite's reflection leaves out the index on lower(username)
+        warnings.filterwarnings("ignore", "Skipped unsupported reflection of expression-based")
+        return structure(from_file), structure(from_models)
+
+
+def test_models_are_the_tables_of_schema_sql_on_sqlite(tmp_path: Path) -> None:
+    """schema.sql is the only creator of tables; the models must agree with theirs."""
+    engines = [sqlalchemy.create_engine(f"sqlite:///{tmp_path / name}") for name in ("a", "b")]
+    from_file, from_models = both_structures(engines[0], engines[1])
+    assert set(from_file) == {"users", "api_keys", "usage"}
+    assert set(from_models) >= {"users", "api_keys"}
+    for table, described in from_models.items():
+        assert from_file[table] == described
+    indexes = []
+    for engine in engines:
+        with engine.connect() as connection:
+            sql = "SELECT sql FROM sqlite_master WHERE name = 'users_username'"
+            text = str(connection.exec_driver_sql(sql).scalar_one())
+            indexes.append(" ".join(text.replace("IF NOT EXISTS ", "").split()))
+        engine.dispose()
+    assert indexes[0] == indexes[1]
+
+
+def test_models_are_the_tables_of_schema_sql_on_postgresql(postgres_url: str) -> None:
+    """The same on PostgreSQL, in two schemas of one database."""
+    engines = []
+    for schema in ("a", "b"):
+        with psycopg.connect(postgres_url.replace("+psycopg", "")) as connection:
+            connection.execute(f"CREATE SCHEMA {schema}".encode())
+        options = {"options": f"-csearch_path={schema}"}
+        engines.append(sqlalchemy.create_engine(postgres_url, connect_args=options))
+    from_file, from_models = both_structures(engines[0], engines[1])
+    assert set(from_file) == {"users", "api_keys", "usage"}
+    assert set(from_models) >= {"users", "api_keys"}
+    for table, described in from_models.items():
+        assert from_file[table] == described
+    for engine in engines:
+        engine.dispose()
+
+
+def test_whole_gate_runs_on_postgresql(
+    postgres_env: dict[str, str], start_process: Callable[..., ProcessGate]
+) -> None:
+    """Accounts, relay, abort, quota and report, as on SQLite."""
+    gate = start_process(**postgres_env)
+    users = [register(gate, token_limit=20_000) for _ in range(3)]
+    body = {"username": users[0].name.upper(), "password": PASSWORD}
+    assert_error(call(gate, "POST", "/auth/register", json=body), 409, "username_taken")
+    MixedLoad(gate, users, seed=35).run(workers=6, until=after_requests(120))
+    gate.settle(5)
+    report = call(gate, "GET", "/users/usage", me(gate, users[0])["api_key"]).json()
+    assert report["tokens_used"] == gate.tokens_used(users[0]) > 0
+    assert run_command(gate, "users").count("user-") == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# G. Everything at once, from a seed: whatever happens in whatever order, the books are right.
+
+
+def after_requests(count: int) -> Callable[[], bool]:
+    """Return a condition that holds after it was asked `count` times."""
+    left = itertools.count(count, -1)
+    return lambda: next(left) <= 0
+
+
+def after_seconds(seconds: float) -> Callable[[], bool]:
+    """Return a condition that holds when the time is over."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+class MixedLoad:
+    """Requests of all kinds by several users at once."""
+
+    def __init__(self, gate: Gate, users: list[User], seed: int) -> None:
+        """Keep the users' keys, which change on the way."""
+        self.gate, self.users, self.seed = gate, users, seed
+        self.keys = [user.key for user in users]
+        self.tokens = [login(gate, user) for user in users]
+        gate.expected_5xx |= {502}
+
+    def run(self, workers: int, until: Callable[[], bool]) -> None:
+        """Let `workers` threads send requests until the condition holds."""
+
+        def work(number: int) -> None:
+            chance = random.Random(self.seed * 1000 + number)
+            while not until():
+                self.one_request(chance)
+
+        in_parallel(workers, work)
+
+    def one_request(self, chance: random.Random) -> None:
+        """Do one thing that a caller may do, and look at what a caller would see of it."""
+        who = chance.randrange(len(self.users))
+        kind = chance.choices(
+            [self.plain, self.stream, self.leave, self.leave_plain, self.fail, self.new_key],
+            [30, 30, 20, 5, 12, 3],
+        )[0]
+        kind(chance, who)
+
+    def fields(self, chance: random.Random) -> JSONObject:
+        """Return fields that change the cost."""
+        asked: JSONObject = {"max_tokens": chance.choice([None, 1, 5, 20, 4000])}
+        if chance.random() < 0.2:
+            asked["n"] = chance.randint(2, 4)
+        return asked
+
+    def plain(self, chance: random.Random, who: int) -> None:
+        """A plain chat."""
+        model = chance.choice(["ok", "org/tiny", "echo", "llm-user-managed", "nousage"])
+        answer = chat(self.gate, self.keys[who], model, **self.fields(chance))
+        self.look_at(answer)
+
+    def stream(self, chance: random.Random, who: int) -> None:
+        """A stream, read to its end."""
+        model = chance.choice(["ok", "lumpy", "echo", "paced", "badusage"])
+        with chat(self.gate, self.keys[who], model, stream=True, **self.fields(chance)) as answer:
+            if self.look_at(answer):
+                assert list(stream_events(answer))[-1] == b"data: [DONE]\n\n"
+
+    def leave(self, chance: random.Random, who: int) -> None:
+        """A stream whose client leaves somewhere."""
+        model = chance.choice(["ok", "slow", "silent", "paced"])
+        with connected(self.gate) as connection:
+            body = chat_body(model, stream=True, **self.fields(chance))
+            connection.sendall(raw_chat(self.keys[who], body))
+            connection.settimeout(chance.uniform(0, 0.3))
+            with contextlib.suppress(TimeoutError):
+                for _ in range(chance.randrange(6)):
+                    connection.recv(400)
+            if chance.random() < 0.5:
+                leave_with_reset(connection)
+
+    def leave_plain(self, chance: random.Random, who: int) -> None:
+        """A plain chat whose client leaves."""
+        with connected(self.gate) as connection:
+            connection.sendall(raw_chat(self.keys[who], chat_body("slow", max_tokens=5)))
+
+    def fail(self, chance: random.Random, who: int) -> None:
+        """A request at which vLLM fails, or that is refused."""
+        model = chance.choice(["e400", "e500", "die", "dieclean", "badjson", "midstream", "nope"])
+        with chat(self.gate, self.keys[who], model, stream=chance.random() < 0.5) as answer:
+            assert answer.status_code in (200, 400, 401, 404, 429, 502)
+            assert answer.content
+
+    def new_key(self, chance: random.Random, who: int) -> None:
+        """A new key; the old one may be in use."""
+        self.keys[who] = replace_key(self.gate, self.tokens[who])
+
+    def look_at(self, answer: requests.Response) -> bool:
+        """Return whether there is an answer; a refusal must be one that the contract knows."""
+        if answer.status_code == 200:
+            return True
+        error = answer.json()["error"]["code"]
+        known = {"insufficient_quota", "quota_reserved", "rate_limit_exceeded", "invalid_api_key"}
+        assert error in known, answer.text
+        return False
+
+
+def test_mixed_load_leaves_the_books_right(make_gate: Callable[..., ThreadedGate]) -> None:
+    """A few hundred requests of all kinds: vLLM's own count, rows and counters agree."""
+    gate = make_gate()
+    limits = [600, 3000, 20_000, 1_000_000, 1_000_000]
+    users = [register(gate, token_limit=limit) for limit in limits]
+    MixedLoad(gate, users, seed=7).run(workers=12, until=after_requests(400))
+    gate.settle(5)
+    counted = gate.upstream.tokens()
+    exact = [row for row in gate.usage() if not row.estimated]
+    assert sum(row.total for row in exact) == sum(counted.get(row.request_id, 0) for row in exact)
+    assert len(exact) > 150
+    for user, limit in zip(users, limits, strict=True):
+        assert 0 < gate.tokens_used(user) <= limit
+
+
+@soak
+@pytest.mark.skipif("'soak' not in config.option.markexpr", reason="ten minutes; give -m soak")
+def test_ten_minutes_of_mixed_load(start_process: Callable[..., ProcessGate]) -> None:
+    """The same for ten minutes: neither memory nor descriptors grow, and the books are right."""
+    seconds = float(os.environ.get("LLMGATE_TEST_SOAK_S", "600"))
+    gate = start_process()
+    users = [register(gate, token_limit=100_000_000) for _ in range(8)]
+    load = MixedLoad(gate, users, seed=8)
+    gate.upstream.keeps_bytes = False
+    sizes = []
+    for _ in range(2):
+        load.run(workers=12, until=after_seconds(seconds / 2))
+        gate.settle(10)
+        sizes.append((resident_kb(gate), gate.descriptors()))
+    (first_kb, first_open), (last_kb, last_open) = sizes
+    assert last_kb - first_kb < 30_000
+    assert last_open <= first_open + 5
+
+
+def resident_kb(gate: ProcessGate) -> int:
+    """Return the memory that the gate's process holds."""
+    status = Path(f"/proc/{gate.process.pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+)", status)
+    assert found
+    return int(found[1])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["upstream"]:
+        sys.exit(__doc__)
+    serve_upstream(int(sys.argv[2]) if len(sys.argv) > 2 else 8001)
