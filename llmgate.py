@@ -25,6 +25,7 @@ import resource
 import secrets
 import signal
 import socket
+import sqlite3
 import string
 import sys
 import threading
@@ -32,11 +33,11 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, wraps
+from datetime import date
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, TypeVar, cast
+from typing import Any, ClassVar, cast
 from urllib.parse import quote
 
 import bcrypt
@@ -57,8 +58,6 @@ from werkzeug.exceptions import HTTPException
 
 JSONObject = dict[str, Any]
 Execute = Callable[..., Any]  # (sql with :names, {name: value}) -> the driver's cursor
-P = ParamSpec("P")
-R = TypeVar("R")
 
 LEASE_S = 20  # a pending row whose gate has not renewed it for so long is taken for dead
 UPKEEP_S = 5  # between two rounds of checkpoints, leases and recovery
@@ -69,7 +68,6 @@ KEEP_ALIVE_S = 2  # vLLM closes a connection that is idle for 5.0 s; older ones 
 MODELS_TTL_S = 10  # age at which a list of models is fetched anew
 MAX_EVENT_BYTES, MAX_ANSWER_BYTES = 4 << 20, 256 << 20
 MAX_BIGINT = 2**63 - 1
-MAX_COUNTED_PROMPTS = 64  # calls of /tokenize for one list of prompts
 TEMPLATE_TOKENS = 256  # what a chat template may add beyond the bytes of the JSON around it
 UNKNOWN_CONTEXT = 131072  # tokens, for a model whose server does not tell
 LOCAL_PORTS = (8001, 11434, 8080, 1234, 30000)  # vLLM, Ollama, llama.cpp, LM Studio, SGLang
@@ -82,170 +80,128 @@ log = logging.getLogger("llmgate")
 # The environment, read once. What cannot be right stops the start with one line that names the
 # variable, and never shows its value: it may be a secret in the wrong place.
 
+TEXT = "[^\ud800-\udfff]*"  # the environment's bytes that are not UTF-8 become such surrogates
+URL = r"https?://(\[.+\]|[^/?#@\s:]+)(:\d{1,5})?(/[^?#\s]*)?"
+DATABASE_URL = r"sqlite:///.*[^/].*|postgresql\+psycopg://.+"
+COUNT = range(1, MAX_BIGINT + 1)
+
 
 class SettingsError(Exception):
     """One line for the operator: which variable is wrong, and what it must be."""
 
 
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    """A parser of whole numbers within bounds."""
-
-    def parse(value: str) -> int:
-        if not re.fullmatch("[0-9]{1,19}", value) or not least <= int(value) <= most:
-            raise ValueError(f"a whole number from {least} to {most}")
-        return int(value)
-
-    return parse
-
-
-def _word(*words: str) -> Callable[[str], str]:
-    """A parser of one of some words."""
-
-    def parse(value: str) -> str:
-        if value.lower() not in words:
-            raise ValueError(" or ".join(filter(None, words)))
-        return value.lower()
-
-    return parse
-
-
-def _list(value: str) -> tuple[str, ...]:
-    """The parts between commas, without empty ones."""
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-def _endpoints(value: str) -> tuple[str, ...]:
-    """Base URLs without a trailing /v1."""
-    urls = tuple(url.rstrip("/").removesuffix("/v1") for url in _list(value))
-    for url in urls:
-        if not re.fullmatch(r"https?://[^/?#@\s:]+(:\d{1,5})?(/[^?#\s]*)?|https?://\[.*", url):
-            raise ValueError("a URL like http://127.0.0.1:8001, or several with commas between")
-    return urls
-
-
-def _aliases(value: str) -> dict[str, str]:
-    """{alias: model}; an empty model means the first one that vLLM serves."""
-    if not all(re.fullmatch("[^=]+=[^=]*", pair) for pair in _list(value)):
-        raise ValueError("a list like alias=model,other=model")
-    pairs = (pair.split("=") for pair in _list(value))
-    return {alias.strip(): model.strip() for alias, model in pairs}
-
-
-def _database_url(value: str) -> str:
-    """An SQLAlchemy URL; a relative SQLite path means the current directory."""
-    driver, _, rest = value.partition("://")
-    if driver == "sqlite" and rest.strip("/"):
-        return f"sqlite:///{Path(rest.removeprefix('/')).absolute()}"
-    if driver != "postgresql+psycopg" or not rest:
-        raise ValueError("sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/NAME")
-    return value
-
-
-def _secret(value: str) -> str:
-    """32 bytes or more, or none."""
-    if 0 < len(value.encode()) < 32:
-        raise ValueError("32 bytes or more; make one with: openssl rand -hex 32")
-    return value
-
-
-def _setting(default: str, parse: Callable[[str], Any] = str) -> Any:
-    """A field of Settings: its variable's default, and the parser that says what it must be."""
-    return field(metadata={"default": default, "parse": parse})
-
-
-COUNT = _whole(1, MAX_BIGINT)
+def _setting(default: str, rule: str | range = TEXT, must_be: str = "UTF-8") -> Any:
+    """A field: its variable's default, the pattern or range it must be in, and that in words."""
+    return field(metadata={"setting": (default, rule, must_be)})
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings; each field is read from the variable of its name in upper case."""
 
-    vllm_endpoint: tuple[str, ...] = _setting("", _endpoints)  # without /v1; (): the local ports
+    vllm_endpoint: tuple[str, ...] = _setting("", URL, "a URL like http://127.0.0.1:8001")
     vllm_api_key: str = _setting("")  # the gate's own key for vLLM
     host: str = _setting("127.0.0.1")
-    port: int = _setting("8000", _whole(0, 65535))  # 0: the kernel chooses
-    database_url: str = _setting("sqlite:///llmgate.db", _database_url)
-    jwt_secret_key: str = _setting("", _secret)  # empty: the file llmgate.secret
-    jwt_expiration_hours: int = _setting("24", _whole(1, 87600))
+    port: int = _setting("8000", range(65536))  # 0: the kernel chooses
+    database_url: str = _setting(
+        "sqlite:///llmgate.db", DATABASE_URL, "sqlite:///PATH or postgresql+psycopg://USER:..."
+    )
+    jwt_secret_key: str = _setting("")  # 32 bytes or more; empty: the file llmgate.secret
+    jwt_expiration_hours: int = _setting("24", range(1, 87601))
     default_token_limit: int = _setting("1000000", COUNT)
     max_token_limit: int = _setting("100000000", COUNT)
-    registration: str = _setting("", _word("", "open", "closed", "invite"))
+    registration: str = _setting("", "(?i)(open|closed|invite)?", "open, closed or invite")
     registration_token: str = _setting("")
-    model_aliases: dict[str, str] = _setting("llm-user-managed=", _aliases)
+    model_aliases: Mapping[str, str] = _setting("llm-user-managed=", "[^=]+=[^=]*", "alias=model")
     log_file: str = _setting("server.log")  # "-": standard error only
-    threads: int = _setting("544", _whole(4, 10000))  # a running relay holds one
+    threads: int = _setting("544", range(4, 10001))  # a running relay holds one
     max_requests_per_user: int = _setting("16", COUNT)  # relays at a time
-    upstream_timeout: int = _setting("600", _whole(1, 86400))  # seconds without a byte from vLLM
-    max_body_mb: int = _setting("32", _whole(1, 1024))
+    upstream_timeout: int = _setting("600", range(1, 86401))  # seconds without a byte from vLLM
+    max_body_mb: int = _setting("32", range(1, 1025))
     trusted_proxy: str = _setting("")  # address whose X-Forwarded-* headers count
-    opencode_discovery: str = _setting("on", _word("on", "off"))
-    allowed_hosts: tuple[str, ...] = _setting("", _list)  # names accepted in Host; (): any
+    opencode_discovery: str = _setting("on", "(?i)on|off", "on or off")
+    allowed_hosts: tuple[str, ...] = _setting("")  # names accepted in Host; (): any
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Settings from variables; SettingsError names the first one that cannot be right."""
-        values = {}
+        values: JSONObject = {}
         for item in fields(cls):
-            name, rule = item.name.upper(), item.metadata
-            try:
-                values[item.name] = rule["parse"](env.get(name, "").strip() or rule["default"])
-            except ValueError as error:
-                raise SettingsError(f"{name} must be {error}") from None
+            name, (default, rule, must_be) = item.name.upper(), item.metadata["setting"]
+            value: Any = env.get(name, "").strip() or default
+            if isinstance(rule, range):
+                value = int(value) if re.fullmatch("[0-9]{1,19}", value) else -1
+                right, must_be = value in rule, f"a whole number from {rule[0]} to {rule[-1]}"
+            elif item.type == "str":
+                right = bool(re.fullmatch(rule, value))
+                value = value.lower() if rule.startswith("(?i)") else value
+            else:
+                value = tuple(part.strip() for part in value.split(",") if part.strip())
+                right = all(re.fullmatch(rule, part) for part in value)
+                must_be += ", or several with commas between"
+            if not right:
+                raise SettingsError(f"{name} must be {must_be}")
+            values[item.name] = value
+        values["vllm_endpoint"] = tuple(re.sub("(/v1)?/*$", "", u) for u in values["vllm_endpoint"])
+        values["model_aliases"] = dict(re.split(r"\s*=\s*", p) for p in values["model_aliases"])
+        engine, _, path = values["database_url"].partition(":///")
+        if engine == "sqlite":  # Flask-SQLAlchemy would look for a relative path elsewhere
+            values["database_url"] = f"sqlite:///{Path(path).absolute()}"
+        local = re.fullmatch(r"localhost|::1|127\..*", values["host"])
+        values["registration"] = values["registration"] or ("open" if local else "closed")
+        if local and not values["allowed_hosts"]:
+            values["allowed_hosts"] = ("localhost", "127.0.0.1", "[::1]", values["host"])
         settings = cls(**values)
         if settings.registration == "invite" and not settings.registration_token:
             raise SettingsError("REGISTRATION_TOKEN must be set when REGISTRATION is invite")
-        if settings.database_url.startswith("postgresql") and not settings.jwt_secret_key:
+        if 0 < len(settings.jwt_secret_key.encode()) < 32:
+            raise SettingsError("JWT_SECRET_KEY must be 32 bytes or more: openssl rand -hex 32")
+        if engine != "sqlite" and not settings.jwt_secret_key:
             raise SettingsError("JWT_SECRET_KEY must be set beside PostgreSQL, alike for all gates")
         if settings.default_token_limit > settings.max_token_limit:
             raise SettingsError("DEFAULT_TOKEN_LIMIT must be MAX_TOKEN_LIMIT or less")
-        local = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
-        names = ("localhost", "127.0.0.1", "[::1]", settings.host) if local else ()
-        registration = settings.registration or ("open" if local else "closed")
-        hosts = settings.allowed_hosts or names
-        return replace(settings, registration=registration, allowed_hosts=hosts)
+        return settings
 
 
 # ---- 2 Errors -------------------------------------------------------------------------------------
-# One exception and one shape, OpenAI's: {"error": {"message", "type", "param", "code"}}. No text
-# holds "token limit exceeded", "too many tokens" or "exceeds the limit of": OpenCode takes these for
-# a full context window, and starts to compact.
+# One exception and one shape, OpenAI's: {"error": {"message", "type", "param", "code"}}. No text has
+# "token limit exceeded", "too many tokens" or "exceeds the limit of": OpenCode takes these for a
+# full context window, and starts to compact.
 
-ERRORS = {  # code: (status, Retry-After in seconds or None, message)
-    "invalid_value": (400, None, "{param} must be {must_be}."),
-    "invalid_json": (400, None, "The body must be a JSON object, and valid JSON."),
-    "unsupported_value": (400, None, "This gate does not accept {param}."),
-    "bad_request": (400, None, "This is not a request that the gate can read."),
-    "missing_api_key": (401, None, "Send the header 'Authorization: Bearer KEY'."),
-    "invalid_api_key": (401, None, "This API key is not valid; GET /users/me shows the right one."),
-    "invalid_token": (401, None, "This JWT is not valid; log in again at /auth/token."),
-    "token_expired": (401, None, "This JWT has expired; log in again at /auth/token."),
-    "invalid_credentials": (401, None, "Wrong username or password."),
-    "registration_closed": (403, None, "Registration is closed; ask the operator for an account."),
-    "account_disabled": (403, None, "This account is disabled; ask the operator."),
-    "not_found": (404, None, "There is nothing at this path; the README lists the routes."),
-    "model_not_found": (404, None, "No model {model!r} here; GET /v1/models lists them."),
-    "key_not_found": (404, None, "No such key; GET /users/me/keys lists yours."),
-    "method_not_allowed": (405, None, "This path takes other methods; see the header Allow."),
-    "username_taken": (409, None, "This username is taken; choose another."),
-    "request_too_large": (413, None, "The body is larger than this gate accepts."),
-    "unsupported_media_type": (415, None, "Send the header 'Content-Type: application/json'."),
+ERRORS = {  # code: (status, Retry-After in seconds or 0, message)
+    "bad_request": (400, 0, "This is not a request that the gate can read."),
+    "invalid_value": (400, 0, "{param} must be {must_be}."),
+    "invalid_json": (400, 0, "The body must be a JSON object, and valid JSON."),
+    "unsupported_value": (400, 0, "This gate does not accept {param}."),
+    "missing_api_key": (401, 0, "Send the header 'Authorization: Bearer KEY'."),
+    "invalid_api_key": (401, 0, "This API key is not valid; GET /users/me shows the right one."),
+    "invalid_token": (401, 0, "This JWT is not valid; log in again at /auth/token."),
+    "token_expired": (401, 0, "This JWT has expired; log in again at /auth/token."),
+    "invalid_credentials": (401, 0, "Wrong username or password."),
+    "registration_closed": (403, 0, "Registration is closed; ask the operator for an account."),
+    "account_disabled": (403, 0, "This account is disabled; ask the operator."),
+    "not_found": (404, 0, "There is nothing at this path; the README lists the routes."),
+    "model_not_found": (404, 0, "No model {model!r} here; GET /v1/models lists them."),
+    "key_not_found": (404, 0, "No such key; GET /users/me/keys lists yours."),
+    "method_not_allowed": (405, 0, "This path takes other methods; see the header Allow."),
+    "username_taken": (409, 0, "This username is taken; choose another."),
+    "request_too_large": (413, 0, "The body is larger than this gate accepts."),
+    "unsupported_media_type": (415, 0, "Send the header 'Content-Type: application/json'."),
     "rate_limit_exceeded": (429, 1, "{why}; try again later."),
     "quota_reserved": (429, 1, "Running requests hold the rest of the quota; try again soon."),
-    "insufficient_quota": (429, None, "Quota used up: {used} of {limit} tokens, and this request "
-                           "needs about {needed}. Ask the operator to raise it."),
-    "headers_too_large": (431, None, "The headers are larger than this gate accepts."),
-    "internal_error": (500, None, "The gate failed; its log says why."),
-    "upstream_unavailable": (502, None, "vLLM is not running: start it with 'vllm serve MODEL', or "
-                             "ask the operator to look at VLLM_ENDPOINT. The gate needs no restart."),
-    "upstream_error": (502, None, "vLLM failed: {why}."),
+    "insufficient_quota": (429, 0, "Quota used up: {used} of {limit} tokens; this needs {needed}."),
+    "headers_too_large": (431, 0, "The headers are larger than this gate accepts."),
+    "internal_error": (500, 0, "The gate failed; its log says why."),
+    "upstream_unavailable": (502, 0, "No vLLM at VLLM_ENDPOINT; start it with: vllm serve MODEL"),
+    "upstream_error": (502, 0, "vLLM failed: {why}."),
     "database_unavailable": (503, 1, "The gate's database does not answer; try again."),
     "overloaded": (503, 2, "All places of the gate are taken; try again in a moment."),
     "draining": (503, 5, "The gate is restarting; try again in a moment."),
-    "upstream_timeout": (504, None, "vLLM was silent for too long."),
-}  # fmt: skip
+    "upstream_timeout": (504, 0, "vLLM was silent for too long."),
+}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-CODES |= {431: "headers_too_large"}  # statuses that Flask and waitress answer by themselves
+# The first code of each status, for what Flask and waitress refuse by themselves.
+CODES = {status: code for code, (status, _, _) in reversed(ERRORS.items())}
 
 
 class APIError(Exception):
@@ -255,14 +211,15 @@ class APIError(Exception):
         self.code, self.param = code, param
         self.status, retry_after, message = ERRORS[code]
         super().__init__(message.format(param=param, **values))
-        self.type = "server_error" if self.status >= 500 else "invalid_request_error"
-        self.type = TYPES.get(self.status, self.type)
-        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        self.type = TYPES.get(self.status, default)
+        wait_s = values.get("wait_s", retry_after)
+        self.headers = {"Retry-After": str(wait_s)} if wait_s else {}
         if self.status == 401:
-            self.headers["WWW-Authenticate"] = "Bearer"
+            self.headers = {"WWW-Authenticate": "Bearer"}
         if code == "insufficient_quota":  # OpenCode tries five times more, but without a pause
             self.type = code
-            self.headers |= {"x-should-retry": "false", "retry-after-ms": "1"}
+            self.headers = {"x-should-retry": "false", "retry-after-ms": "1"}
 
     def body(self) -> bytes:
         """OpenAI's error object as JSON."""
@@ -272,13 +229,14 @@ class APIError(Exception):
 
 def show_error(error: Exception) -> Response:
     """Any exception in the contract's shape; the unforeseen is logged, and a 500."""
-    shown = error if isinstance(error, APIError) else APIError("internal_error")
-    if isinstance(error, HTTPException):
+    if isinstance(error, APIError):
+        shown = error
+    elif isinstance(error, HTTPException):
         shown = APIError(CODES.get(error.code or 0, "bad_request"))
         shown.headers |= {k: v for k, v in error.get_headers() if k == "Allow"}
-    elif isinstance(error, gate().ledger.errors):
-        shown = APIError("database_unavailable")
-    if not isinstance(error, (APIError, HTTPException)):
+    else:
+        lost = isinstance(error, gate().ledger.errors)
+        shown = APIError("database_unavailable" if lost else "internal_error")
         log.error("%s: %s", g.request_id, type(error).__name__, exc_info=error)
     return Response(shown.body(), shown.status, shown.headers, content_type="application/json")
 
@@ -308,9 +266,7 @@ class User(Base):
     disabled_at: Mapped[int | None]
     created_at: Mapped[int]
     __table_args__ = (
-        sa.CheckConstraint("token_limit > 0", "users_token_limit_positive"),
-        sa.CheckConstraint("tokens_used >= 0", "users_tokens_used_not_negative"),
-        sa.CheckConstraint("tokens_reserved >= 0", "users_tokens_reserved_not_negative"),
+        *map(sa.CheckConstraint, ("token_limit > 0", "tokens_used >= 0", "tokens_reserved >= 0")),
         sa.Index("users_username", sa.text("lower(username)"), unique=True),
     )
 
@@ -336,79 +292,70 @@ db = SQLAlchemy()
 def create_tables(engine: sa.Engine) -> None:
     """Runs schema.sql through the driver: split at ";" it would break on its comments."""
     ddl = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-    connection = engine.raw_connection()
-    if engine.dialect.name == "sqlite":
-        cast(Any, connection).executescript("PRAGMA journal_mode = WAL;" + ddl)
-    else:  # SQLite counts an INTEGER PRIMARY KEY by itself; two gates may start at once
-        identity = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
-        ddl = ddl.replace("INTEGER PRIMARY KEY NOT NULL", identity)
-        connection.cursor().execute("SELECT pg_advisory_xact_lock(7435623);" + ddl)
-    connection.commit()
-    connection.close()
+    with engine.connect() as connection:
+        driver = cast(Any, connection.connection.driver_connection)
+        if engine.dialect.name == "sqlite":
+            driver.executescript("PRAGMA journal_mode = WAL;" + ddl)
+        else:  # SQLite counts an INTEGER PRIMARY KEY by itself; two gates may start at once
+            counted = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
+            ddl = ddl.replace("INTEGER PRIMARY KEY NOT NULL", counted)
+            driver.execute("SELECT pg_advisory_xact_lock(7435623);" + ddl)
+            driver.commit()
 
 
-@lru_cache
-def _pyformat(sql: str) -> str:
-    """:name parameters as psycopg writes them."""
-    return re.sub(r":(\w+)", r"%(\1)s", sql)
+@contextmanager
+def in_turn(turns: threading.Semaphore, seconds: float, code: str) -> Iterator[None]:
+    """Holds one of the turns; 503 with this code when none comes in time."""
+    if not turns.acquire(timeout=seconds):
+        raise APIError(code)
+    try:
+        yield
+    finally:
+        turns.release()
 
 
 class Ledger:
-    """Short transactions; on SQLite the writers of this process take turns under a lock."""
+    """Short transactions; on SQLite the writers of this process take turns."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self.engine, self.sqlite = engine, engine.dialect.name == "sqlite"
         self.errors = (cast(Any, engine.dialect).dbapi.Error, sa.exc.SQLAlchemyError)
         self.for_update = "" if self.sqlite else " FOR UPDATE"
-        self._turn = threading.Lock()
-        if self.sqlite:  # every transaction locks at its begin: a later upgrade would just fail
+        self._turns = threading.Semaphore(1 if self.sqlite else 64)  # 64: as many as connections
+        if self.sqlite:
             pragmas = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;"
             sa.event.listen(engine, "connect", lambda made, _: made.executescript(pragmas))
-            sa.event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
 
     @contextmanager
-    def _in_turn(self) -> Iterator[None]:
-        """503 `database_unavailable` when the turn does not come."""
-        if self.sqlite and not self._turn.acquire(timeout=DB_TIMEOUT_S):
-            raise APIError("database_unavailable")
-        try:
-            yield
-        finally:
-            if self.sqlite:
-                self._turn.release()
+    def session(self) -> Iterator[Session]:
+        """A transaction for the ORM; what it loaded stays readable afterwards."""
+        turn = in_turn(self._turns, DB_TIMEOUT_S, "database_unavailable")
+        with turn, Session(self.engine, expire_on_commit=False) as session, session.begin():
+            if self.sqlite:  # takes the lock at once: a later upgrade would just fail
+                session.execute(sa.text("BEGIN IMMEDIATE"))
+            yield session
 
     @contextmanager
     def transaction(self) -> Iterator[Execute]:
         """A write transaction on the driver's cursor: `execute(sql, {name: value})`."""
-        with self._in_turn(), self._cursor() as (connection, execute):
+        with in_turn(self._turns, DB_TIMEOUT_S, "database_unavailable"), self._cursor() as execute:
             if self.sqlite:
                 execute("BEGIN IMMEDIATE")
             yield execute
-            connection.commit()
+            execute("COMMIT")
 
     def query(self, sql: str, **values: object) -> list[Any]:
         """The rows of one SELECT, as tuples."""
-        with self._cursor() as (_, execute):
+        with self._cursor() as execute:
             return cast("list[Any]", execute(sql, values).fetchall())
 
     @contextmanager
-    def _cursor(self) -> Iterator[tuple[Any, Execute]]:
-        """A connection for a moment (the pool rolls back what is open), and a way to run SQL."""
-        connection = self.engine.raw_connection()
-        try:
+    def _cursor(self) -> Iterator[Execute]:
+        """A connection for a moment; the pool rolls back what is open at the end."""
+        with closing(self.engine.raw_connection()) as connection:
             run: Execute = connection.cursor().execute
-            yield connection, run if self.sqlite else lambda sql, v=None: run(_pyformat(sql), v)
-        finally:
-            connection.close()
-
-    @contextmanager
-    def session(self) -> Iterator[Session]:
-        """An ORM transaction, committed at its end; what was loaded stays readable."""
-        with self._in_turn(), db.session() as session:
-            yield session
-            session.flush()
-            session.expunge_all()
-            session.commit()
+            psycopg: Execute = lambda sql, v=None: run(re.sub(r":(\w+)", r"%(\1)s", sql), v)
+            yield run if self.sqlite else psycopg
 
 
 class Gate(Flask):
@@ -433,12 +380,10 @@ def gate() -> Gate:
 # a key nor a JWT is stored: the one is derived again when it is shown, the other is signed.
 
 BASE62 = string.digits + string.ascii_letters
-API_KEY = re.compile(r"sk-llmgate-([0-9A-Za-z]{43})([0-9A-Za-z]{6})")
 USERNAME = re.compile(r"[A-Za-z0-9_.-]{3,64}")
-JWT_OPTIONS: Any = {"require": ["sub", "ver", "iat", "exp"]}
 BCRYPT_ROUNDS = 10  # OWASP's least, about 60 ms: 200 logins at once are done in seconds
 NOBODY = "$2b$10$abcdefghijklmnopqrstuu4T826PRnz0Hu6YlprUuxkZxOOj5Fw5S"  # costs like a real hash
-HASHING = threading.BoundedSemaphore(max(1, (os.cpu_count() or 2) - 1))  # a core for the streams
+HASHING = threading.Semaphore(max(1, (os.cpu_count() or 2) - 1))  # a core for the streams
 
 
 @dataclass(frozen=True)
@@ -453,29 +398,22 @@ class Caller:
     jwt_version: int
     disabled: bool
     api_key_id: int | None
+    room: int  # neither used nor reserved when the caller was looked up
     key_used_at: int  # Unix seconds, to the minute
-
-    @property
-    def room(self) -> int:
-        """What was neither used nor reserved when the caller was looked up."""
-        return self.token_limit - self.tokens_used - self.tokens_reserved
 
 
 CALLER = """
-SELECT u.id, u.username, u.token_limit, u.tokens_used, u.tokens_reserved, u.jwt_version,
- u.disabled_at IS NOT NULL, k.id, coalesce(k.last_used_at, 0) FROM users u LEFT JOIN api_keys k """
+SELECT u.id, username, token_limit, tokens_used, tokens_reserved, jwt_version,
+ disabled_at IS NOT NULL, k.id, token_limit - tokens_used - tokens_reserved,
+ coalesce(k.last_used_at, 0) FROM users u LEFT JOIN api_keys k """
 CALLER_BY_KEY = CALLER + "ON k.user_id = u.id WHERE k.key_hash = :value AND k.revoked_at IS NULL"
 CALLER_BY_ID = CALLER + "ON k.id = 0 WHERE u.id = :value"
+CALLER_BY_JWT = CALLER_BY_ID + " AND u.jwt_version = :version"
 
 
-def base62(number: int, width: int) -> str:
-    """A number in base 62, `width` digits long."""
-    return "".join(BASE62[number // 62**place % 62] for place in reversed(range(width)))
-
-
-def checksum(secret_part: str) -> str:
-    """Six characters that show a mistyped key without a query, as in GitHub's tokens."""
-    return base62(zlib.crc32(secret_part.encode()), 6)
+def spelled(secret_part: str) -> str:
+    """An API key: the checksum at its end shows a mistyped one without a query."""
+    return f"sk-llmgate-{secret_part}{zlib.crc32(secret_part.encode()) & 0xFFFFFF:06x}"
 
 
 def key_hash(api_key: str) -> str:
@@ -492,10 +430,9 @@ class Keyring:
         self.jwt_seconds = jwt_hours * 3600
 
     def api_key(self, nonce: str) -> str:
-        """The API key of a nonce: `sk-llmgate-`, 43 characters of secret, 6 of checksum."""
-        digest = hmac.digest(self._api_key_key, nonce.encode(), "sha256")
-        secret_part = base62(int.from_bytes(digest, "big"), 43)
-        return f"sk-llmgate-{secret_part}{checksum(secret_part)}"
+        """The API key of a nonce; its secret part is an HMAC in 43 digits of base 62."""
+        number = int.from_bytes(hmac.digest(self._api_key_key, nonce.encode(), "sha256"), "big")
+        return spelled("".join(BASE62[number // 62**place % 62] for place in reversed(range(43))))
 
     def shown(self, key: ApiKey) -> str | None:
         """The key again; None when it was made with another secret."""
@@ -515,57 +452,37 @@ class Keyring:
         token = jwt.encode(claims, self._jwt_key, algorithm="HS256")
         return {"access_token": token, "token_type": "bearer", "expires_in": self.jwt_seconds}
 
-    def read_jwt(self, token: str) -> tuple[int, int]:
-        """(user id, jwt_version); 401 `token_expired` or `invalid_token`."""
+    def read_jwt(self, token: str) -> JSONObject:
+        """The parameters of CALLER_BY_JWT; 401 `token_expired` or `invalid_token`."""
+        required: Any = {"require": ["sub", "ver", "iat", "exp"]}
         try:
-            claims = jwt.decode(token, self._jwt_key, ["HS256"], JWT_OPTIONS)
-            return min(int(claims["sub"]), MAX_BIGINT), int(claims["ver"])
-        except jwt.ExpiredSignatureError:
-            raise APIError("token_expired") from None
-        except (jwt.InvalidTokenError, ValueError, TypeError):
-            raise APIError("invalid_token") from None
+            claims = jwt.decode(token, self._jwt_key, ["HS256"], required)
+            return {"value": min(int(claims["sub"]), MAX_BIGINT), "version": int(claims["ver"])}
+        except (jwt.InvalidTokenError, ValueError, TypeError) as error:
+            expired = isinstance(error, jwt.ExpiredSignatureError)
+            raise APIError("token_expired" if expired else "invalid_token") from None
 
 
-class Throttle:
-    """Slows the guessing of one name's password, whether or not anybody has the name."""
+class Throttle(dict[str, tuple[int, float]]):
+    """{typed name: (tries, held back until)}; a right password takes its name out."""
 
-    TRIES, MAX_DELAY_S, MAX_NAMES = 5, 900, 10000
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tries: dict[str, tuple[int, float]] = {}  # name: (tries, held back until)
+    lock = threading.Lock()
 
     def admit(self, name: str) -> None:
         """Counts a try before its password is hashed; 429 while the name is held back."""
         now = time.monotonic()
-        with self._lock:
-            tries, until = self._tries.pop(name, (0, 0.0))
-            if until <= now:
+        with self.lock:
+            tries, until = self.pop(name, (0, 0.0))
+            held_s = until - now
+            if held_s <= 0:
                 tries += 1
-                delay = min(2.0 ** min(tries - self.TRIES, 20), self.MAX_DELAY_S)
-                self._tries[name] = (tries, now + delay if tries >= self.TRIES else 0.0)
-                if len(self._tries) > self.MAX_NAMES:  # the name that was tried longest ago
-                    del self._tries[next(iter(self._tries))]
-                return
-            self._tries[name] = (tries, until)
-        error = APIError("rate_limit_exceeded", why="Too many wrong passwords for this name")
-        error.headers["Retry-After"] = str(int(until - now) + 1)
-        raise error
-
-    def forget(self, name: str) -> None:
-        """The password was right."""
-        with self._lock:
-            self._tries.pop(name, None)
-
-
-def in_turn(hashing: Callable[..., R], *values: bytes) -> R:
-    """bcrypt's answer; 503 `overloaded` when the turn does not come within 20 s."""
-    if not HASHING.acquire(timeout=20):
-        raise APIError("overloaded")
-    try:
-        return hashing(*values)
-    finally:
-        HASHING.release()
+                until = now + min(2 ** (tries - 5), 900) if tries >= 5 else now
+            self[name] = (tries, until)
+            if len(self) > 10000:  # the name that was tried longest ago
+                del self[next(iter(self))]
+        if held_s > 0:
+            why = "Too many wrong passwords for this name"
+            raise APIError("rate_limit_exceeded", why=why, wait_s=int(held_s) + 1)
 
 
 def utf8(value: object) -> bytes:
@@ -578,10 +495,10 @@ def utf8(value: object) -> bytes:
 def hash_password(password: object, param: str = "password") -> str:
     """bcrypt's hash; 400 unless the password has 8 characters to 72 bytes: bcrypt reads no more."""
     encoded = utf8(password)
-    if not isinstance(password, str) or len(password) < 8 or not 8 <= len(encoded) <= 72:
-        must_be = "a string of 8 characters to 72 bytes of UTF-8"
-        raise APIError("invalid_value", param, must_be=must_be)
-    return in_turn(bcrypt.hashpw, encoded, bcrypt.gensalt(BCRYPT_ROUNDS)).decode()
+    if len(encoded.decode()) < 8 or len(encoded) > 72:
+        raise APIError("invalid_value", param, must_be="a string of 8 characters to 72 bytes")
+    with in_turn(HASHING, 20, "overloaded"):
+        return bcrypt.hashpw(encoded, bcrypt.gensalt(BCRYPT_ROUNDS)).decode()
 
 
 def log_in(username: object, password: object) -> User:
@@ -590,10 +507,11 @@ def log_in(username: object, password: object) -> User:
     gate().throttle.admit(name)
     user = find_user(name)
     stored = user.password_hash if user else NOBODY
-    right = in_turn(bcrypt.checkpw, encoded[:72], stored.encode()) and len(encoded) <= 72
+    with in_turn(HASHING, 20, "overloaded"):
+        right = bcrypt.checkpw(encoded[:72], stored.encode()) and len(encoded) <= 72
     if user is None or not right:
         raise APIError("invalid_credentials")
-    gate().throttle.forget(name)
+    gate().throttle.pop(name, None)
     if user.disabled_at is not None:
         raise APIError("account_disabled")
     return user
@@ -611,8 +529,9 @@ def register(username: object, password: object, token_limit: int) -> tuple[User
     """A new account and its API key; 400, or 409 `username_taken`."""
     if not isinstance(username, str) or not USERNAME.fullmatch(username):
         raise APIError("invalid_value", "username", must_be="3 to 64 of A-Z a-z 0-9 _ . -")
+    key = gate().keyring.renew(ApiKey(name="default"))
     user = User(username=username, password_hash=hash_password(password), token_limit=token_limit)
-    user.created_at, key = int(time.time()), gate().keyring.renew(ApiKey(name="default"))
+    user.created_at = key.created_at
     try:
         with gate().ledger.session() as session:
             session.add(user)
@@ -640,45 +559,32 @@ def set_password(user: User, password_hash: str) -> int:
         return current.jwt_version
 
 
-def identified(kinds: tuple[str, ...]) -> Caller:
-    """The caller by an API "key" or a "jwt"; 401, or 403 `account_disabled`."""
+@contextmanager
+def identified(by_key: bool | None) -> Iterator[None]:
+    """Puts the caller by API key or JWT (None: either) into g.caller; 401 or 403."""
     scheme, _, credential = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not credential.strip():
+    credential = credential.strip()
+    if scheme.lower() != "bearer" or not credential:
         raise APIError("missing_api_key")
-    by_key = kinds == ("key",) or "key" in kinds and credential.startswith("sk-llmgate-")
-    if by_key:
-        match = API_KEY.fullmatch(credential.strip())
-        right = match and match[2] == checksum(match[1])
-        rows = (
-            gate().ledger.query(CALLER_BY_KEY, value=key_hash(match[0])) if match and right else []
-        )
-    else:
-        user_id, jwt_version = gate().keyring.read_jwt(credential.strip())
-        rows = gate().ledger.query(CALLER_BY_ID, value=user_id)
-        rows = [row for row in rows if Caller(*row).jwt_version == jwt_version]
+    if by_key is None:
+        by_key = credential.startswith("sk-llmgate-")
+    if by_key and credential != spelled(credential[11:-6]):
+        raise APIError("invalid_api_key")
+    found = {"value": key_hash(credential)} if by_key else gate().keyring.read_jwt(credential)
+    rows = gate().ledger.query(CALLER_BY_KEY if by_key else CALLER_BY_JWT, **found)
     if not rows:
         raise APIError("invalid_api_key" if by_key else "invalid_token")
-    if Caller(*rows[0]).disabled:
+    g.caller = Caller(*rows[0])
+    if g.caller.disabled:
         raise APIError("account_disabled")
-    return Caller(*rows[0])
+    yield
 
 
-def _required(*kinds: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator that puts the caller into g.caller."""
-
-    def decorate(view: Callable[P, R]) -> Callable[P, R]:
-        @wraps(view)
-        def identified_view(*args: P.args, **kwargs: P.kwargs) -> R:
-            g.caller = identified(kinds)
-            return view(*args, **kwargs)
-
-        return identified_view
-
-    return decorate
+# As decorators: what @contextmanager makes can be one, and begins anew at each call.
+jwt_required, api_key_required = identified(by_key=False), identified(by_key=True)
+jwt_or_api_key_required = identified(by_key=None)
 
 
-jwt_required, api_key_required = _required("jwt"), _required("key")
-jwt_or_api_key_required = _required("jwt", "key")
 # ---- 5 Quota and metering -------------------------------------------------------------------------
 # reserve() holds a request's worst case before vLLM is asked; book() puts the true count in its
 # place. The counters move by nothing else, and only by SQL arithmetic under a guard.
@@ -838,11 +744,10 @@ def reset_usage(ledger: Ledger, user_id: int) -> None:
         execute("UPDATE users SET tokens_used = 0 WHERE id = :user_id", values)
 
 
-USAGE_BY_GROUP = """
-SELECT created_at / 86400, model, api_key_id, count(*), sum(prompt_tokens), sum(completion_tokens)
- FROM usage WHERE user_id = :user_id AND created_at >= :since AND model <> ''
- GROUP BY created_at / 86400, model, api_key_id"""
 SUMS = ("requests", "prompt_tokens", "completion_tokens")
+USAGE_BY = """
+SELECT {0}, count(*), CAST(sum(prompt_tokens) AS BIGINT), CAST(sum(completion_tokens) AS BIGINT)
+ FROM usage WHERE user_id = :user_id AND created_at >= :since AND model <> '' GROUP BY {0} ORDER BY {0}"""
 RECENT = (
     "request_id, created_at, model, api_key_id, endpoint, stream, status, estimated, "
     "prompt_tokens, completion_tokens, cached_tokens, first_byte_ms, duration_ms"
@@ -855,26 +760,23 @@ SELECT {RECENT} FROM usage WHERE user_id = :user_id AND model <> '' ORDER BY cre
 def usage_report(ledger: Ledger, caller: Caller, days: int) -> JSONObject:
     """The report of contract section 5 over the last `days` days (UTC); counts are tokens."""
     since = (int(time.time()) // 86400 - days + 1) * 86400
-    groups = ledger.query(USAGE_BY_GROUP, user_id=caller.id, since=since)
     names = dict(ledger.query("SELECT id, name FROM api_keys WHERE user_id = :id", id=caller.id))
     recent = ledger.query(RECENT_USAGE, user_id=caller.id)
 
-    def by(column: int, name: str, shown: Callable[[Any], object]) -> list[JSONObject]:
-        sums: dict[Any, list[int]] = {}
-        for group in groups:
-            before = sums.get(group[column], [0, 0, 0])
-            sums[group[column]] = [a + int(b) for a, b in zip(before, group[3:], strict=True)]
-        return [{name: shown(k)} | dict(zip(SUMS, sums[k], strict=True)) for k in sorted(sums)]
+    def by(column: str, name: str, shown: Callable[[Any], object]) -> list[JSONObject]:
+        rows = ledger.query(USAGE_BY.format(column), user_id=caller.id, since=since)
+        return [{name: shown(row[0])} | dict(zip(SUMS, row[1:], strict=True)) for row in rows]
 
+    by_model = by("model", "model", str)
     return {
         "tokens_used": caller.tokens_used,
         "token_limit": caller.token_limit,
         "remaining": max(0, caller.token_limit - caller.tokens_used),
         "reserved": caller.tokens_reserved,
-        "requests": sum(group[3] for group in groups),
-        "by_model": by(1, "model", str),
-        "by_key": by(2, "key", names.get),
-        "by_day": by(0, "date", lambda day: time.strftime("%F", time.gmtime(day * 86400))),
+        "requests": sum(row["requests"] for row in by_model),
+        "by_model": by_model,
+        "by_key": by("api_key_id", "key", names.get),
+        "by_day": by("created_at / 86400", "date", lambda day: str(date.fromordinal(719163 + day))),
         "recent": [dict(zip(RECENT.split(", "), row, strict=True)) for row in recent],
     }
 
@@ -897,6 +799,13 @@ def encoded(body: JSONObject) -> bytes:
         raise APIError("invalid_json") from None
 
 
+def parsed(text: bytes | bytearray) -> Any:
+    """JSON's value; None for what is no JSON."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
+
+
 def read_usage(usage: object) -> Counts | None:
     """vLLM's usage block as counts; None when it is missing or cannot be right."""
     if not isinstance(usage, dict):
@@ -916,7 +825,10 @@ class Meter:
     """
 
     EVENT_END = re.compile(rb"\r?\n\r?\n")
+    # An unescaped "usage": can only be a key, and the first "index": is that of the choice.
     USAGE = re.compile(rb',\s*"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|null)(?=\s*[,}])')
+    INDEX = re.compile(rb'"index":\s*(\d{1,6})')
+    NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
 
     def __init__(self, claim: Claim, reserved: int, n: int, options: JSONObject) -> None:
         self.claim, self.reserved, self.n = claim, reserved, n
@@ -949,26 +861,16 @@ class Meter:
             self.done = self.done or event[5:].strip() == b"[DONE]"
             self.failed = self.failed or event.startswith(b'data: {"error"')
             return event
-        usage, index, last = json.loads(found[1]), 0, b'"choices":[]' in event
-        cut = event[: found.start()] + event[found.end() :]
-        # Sure where vLLM puts it: after the choices, for an unescaped "usage": can only be a key.
-        if self.claim.choices > 1 or event[found.start() - 1 : found.start()] != b"]":
-            try:
-                data = json.loads(event[5:])
-                usage, choices = data.pop("usage", None), data["choices"]
-                index, last = choices[0]["index"] if choices else 0, not choices
-                if json.loads(cut[5:]) != data:
-                    cut = b"data: " + json.dumps(data).encode() + b"\n\n"
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                return event
-        counts = read_usage(usage)
+        counts, index = read_usage(parsed(found[1])), self.INDEX.search(event)
+        last = self.NO_CHOICES.search(event) is not None
         if counts and last:
             self.last = counts
         elif counts:
-            self._choices[index] = counts
+            self._choices[int(index[1]) if index else 0] = counts
         if last:
             return event if self.show_last else b""
-        return event if self.show_all or (usage is None and self.show_last) else cut
+        shown = self.show_all or (found[1] == b"null" and self.show_last)
+        return event if shown else event[: found.start()] + event[found.end() :]
 
     def counts(self) -> Counts:
         """The tokens so far: vLLM's count, or an estimate; never more than was reserved."""
@@ -995,7 +897,7 @@ class Relay:
 
     def __init__(self, watcher: Watcher, caller: Caller, row: JSONObject, meter: Meter) -> None:
         self.watcher, self.caller, self.row, self.meter = watcher, caller, row, meter
-        self.stream, self._lock = bool(row["stream"]), threading.Lock()
+        self.stream, self.lock = bool(row["stream"]), threading.Lock()
         self.started: float = g.started
         self.gone = request.environ.get("waitress.client_disconnected", bool)
 
@@ -1027,33 +929,31 @@ class Relay:
             cast(socket.socket, self.sock).shutdown(how)
 
     def settle(self, status: str) -> None:
-        """Ends the request with this status, if it has not ended yet."""
-        with self._lock:
-            if self.status != "pending":
-                return
-            self.status, self.duration_ms = status, self._ms()
-        try:
-            self.book()
-        except (*self.watcher.ledger.errors, APIError) as error:  # the watcher tries again
-            log.error("%s not booked yet: %s", self.row["request_id"], type(error).__name__)
+        """Ends the request with this status and books it, if it has not ended yet."""
+        with self.lock:
+            if self.status == "pending":
+                self.status, self.duration_ms = status, self._ms()
+                try:
+                    self.book()
+                except (*self.watcher.ledger.errors, APIError) as error:  # the watcher tries again
+                    log.error("%s not booked yet: %s", self.row["request_id"], type(error).__name__)
 
     def book(self) -> None:
-        """Books what is known now; at the end also writes the request's line into the log."""
-        row, counts, ended = self.row, self.meter.counts(), self.status != "pending"
-        if not ended and not self.meter.output_seen:
-            counts = Counts()  # not even an estimate before the first event
+        """Books what is known now, under the lock; at the end writes the log's line, too."""
+        row, meter, ended = self.row, self.meter, self.status != "pending"
+        # Not even an estimate before the first event.
+        counts = meter.counts() if ended or meter.output_seen else Counts()
         times = {"first_byte_ms": self.first_byte_ms, "duration_ms": self.duration_ms}
-        self.tokens_used = book(
-            self.watcher.ledger, row["request_id"], self.status, counts, **times
-        )
+        ledger, request_id = self.watcher.ledger, row["request_id"]
+        self.tokens_used = book(ledger, request_id, self.status, counts, **times)
         if ended:
             self.watcher.running.discard(self)
-            what = "{request_id} %s key {api_key_id} {endpoint} {model}".format(**row)
+            mode, sure = " stream" * self.stream, " (estimated)" * counts.estimated
             log.info(
-                what + " %s%s %d+%d tokens%s, first byte %s ms, end %s ms",
-                *(self.caller.username, self.status, " stream" if self.stream else ""),
-                *(counts.prompt_tokens, counts.completion_tokens),
-                *(" (estimated)" if counts.estimated else "", *times.values()),
+                "%s %s key %s %s %s%s %s %d+%d tokens%s, first byte %s ms, end %s ms",
+                *(request_id, self.caller.username, row["api_key_id"], row["endpoint"]),
+                *(row["model"], mode, self.status, counts.prompt_tokens),
+                *(counts.completion_tokens, sure, *times.values()),
             )
 
 
@@ -1074,7 +974,7 @@ class Watcher(threading.Thread):
                 if time.monotonic() >= upkeep_at:
                     upkeep_at = time.monotonic() + UPKEEP_S
                     self.upkeep()
-            except (*self.ledger.errors, APIError) as error:
+            except (*self.ledger.errors, APIError) as error:  # the next round tries again
                 log.error("watcher: %s", type(error).__name__)
             except Exception:
                 log.exception("watcher")
@@ -1091,7 +991,9 @@ class Watcher(threading.Thread):
     def upkeep(self) -> None:
         """Checkpoints and leases of what runs, what could not be booked, rows of dead gates."""
         for relay in list(self.running):
-            relay.book()
+            with relay.lock:
+                if relay in self.running:
+                    relay.book()
         recover_lost(self.ledger)
 
 
@@ -1168,9 +1070,9 @@ class Upstream:
         """A JSON answer for the gate itself; {} for anything else. ConnectionRefusedError."""
         try:
             with self.send(path, body, timeout) as answer:
-                value = json.loads(answer.raw.read(MAX_ANSWER_BYTES))
+                value = parsed(answer.raw.read(MAX_ANSWER_BYTES))
             return value if answer.ok and isinstance(value, dict) else {}
-        except (APIError, HTTPError, ValueError, RecursionError):
+        except (APIError, HTTPError):
             return {}
 
     def refresh(self) -> None:
@@ -1185,23 +1087,15 @@ class Upstream:
             self.models, self.up = {str(entry.get("id")): entry for entry in models}, True
 
     def count_prompt(self, body: JSONObject) -> int | None:
-        """The exact tokens of a prompt by vLLM's /tokenize; None where there is no such thing."""
-        questions = [{name: body[name] for name in TEMPLATE_FIELDS if name in body}]
+        """The exact tokens of a prompt, by vLLM's /tokenize; None where it cannot tell."""
+        question = {name: body[name] for name in TEMPLATE_FIELDS if name in body}
         if "messages" not in body:
-            prompts = body.get("prompt", body.get("input"))
-            if not isinstance(prompts, list) or (prompts and isinstance(prompts[0], int)):
-                prompts = [prompts]
-            questions = [{"model": body["model"], "prompt": prompt} for prompt in prompts]
-        total = 0
-        for question in questions[:MAX_COUNTED_PROMPTS]:
-            tokens = question.get("prompt")
-            counted = len(tokens) if isinstance(tokens, list) else None
-            if counted is None:
-                counted = self.fetch("/tokenize", question, 30).get("count")
-            if type(counted) is not int:
-                return None
-            total += counted
-        return total if len(questions) <= MAX_COUNTED_PROMPTS else None
+            prompt = body.get("prompt", body.get("input"))
+            if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+                return len(prompt)
+            question = {"model": body["model"], "prompt": prompt}
+        counted = self.fetch("/tokenize", question, 30).get("count")
+        return counted if type(counted) is int else None
 
 
 class Upstreams:
@@ -1210,10 +1104,8 @@ class Upstreams:
     def __init__(self, settings: Settings) -> None:
         ports = [port for port in LOCAL_PORTS if port != settings.port]
         urls = settings.vllm_endpoint or [f"http://127.0.0.1:{port}" for port in ports]
-        self.servers, self.aliases = (
-            [Upstream(url, settings) for url in urls],
-            settings.model_aliases,
-        )
+        self.servers = [Upstream(url, settings) for url in urls]
+        self.aliases = settings.model_aliases
         self._refreshing, self._refreshed_at = threading.Lock(), 0.0
 
     def refresh(self, age: float = 1) -> None:
@@ -1267,23 +1159,25 @@ def whole_number(body: JSONObject, name: str, least: int, most: int | None = Non
     return value
 
 
+READ_FIELDS = (
+    ("model", str, "the name of a model"),
+    ("stream", bool | None, "true or false"),
+    ("stream_options", dict | None, "an object"),
+)
+
+
 def require_relayable(body: JSONObject) -> None:
     """400 naming the field that is refused, or that the gate has to read and cannot."""
     for name in REFUSED_FIELDS:
         if body.get(name) not in (None, False):
             raise APIError("unsupported_value", name)
-    if not isinstance(body.get("model"), str) or not body["model"]:
-        raise APIError("invalid_value", "model", must_be="the name of a model")
-    options = body.get("stream_options") if body.get("stream") is True else None
-    flags = [("stream", body.get("stream"))]
-    if isinstance(options, dict):
-        names = ("include_usage", "continuous_usage_stats")
-        flags += [("stream_options", options.get(name)) for name in names]
-    elif options is not None:
-        raise APIError("invalid_value", "stream_options", must_be="an object")
-    for name, flag in flags:
-        if not isinstance(flag, bool | None):
-            raise APIError("invalid_value", name, must_be="true or false")
+    for name, kind, must_be in READ_FIELDS:
+        if not isinstance(body.get(name), kind) or body.get(name) == "":
+            raise APIError("invalid_value", name, must_be=must_be)
+    options = body.get("stream_options") or {}
+    for name in ("include_usage", "continuous_usage_stats"):
+        if not isinstance(options.get(name), bool | None):
+            raise APIError("invalid_value", "stream_options", must_be=f"{name}: true or false")
 
 
 def claim_of(body: JSONObject, raw: bytes, endpoint: str, context: int) -> Claim:
@@ -1329,32 +1223,30 @@ def limit_output(body: JSONObject, granted: int) -> None:
         body["min_tokens"] = min(body["min_tokens"], granted)
 
 
+STREAM_OPTIONS = ({"include_usage": True, "continuous_usage_stats": True}, {"include_usage": True})
+
+
 def ask(relay: Relay, servers: list[Upstream], body: JSONObject) -> requests.Response:
     """vLLM's answer, its body still to be read; from the next server when one is not there.
 
     A stream is asked to report its usage, and again without the option where that is refused.
     """
-    options = [{"include_usage": True, "continuous_usage_stats": True}, {"include_usage": True}]
     own = {**(body.get("stream_options") or {})}
     own.pop("continuous_usage_stats", None)
     for server in servers:
         relay.upstream, relay.meter.asked = server, True
-        for option in options[server.continuous is False :] if relay.stream else [None]:
-            if option:
-                body["stream_options"] = {**own, **option}
+        tries = STREAM_OPTIONS[server.continuous is False :] if relay.stream else ({},)
+        for options in tries:
+            if options:
+                body["stream_options"] = own | options
             try:
                 answer = send_relay(relay, server, body)
             except ConnectionRefusedError:
                 server.up = relay.meter.asked = False
                 break
-            if (
-                answer.status_code != 400
-                or option is options[-1]
-                or server.continuous
-                or not option
-            ):
-                if option and answer.ok:
-                    server.continuous = option is options[0]
+            if answer.status_code != 400 or server.continuous or options is tries[-1]:
+                if options and answer.ok:
+                    server.continuous = options is STREAM_OPTIONS[0]
                 return answer
             answer.close()
     raise APIError("upstream_unavailable")
@@ -1390,11 +1282,10 @@ def answered(relay: Relay, answer: requests.Response) -> Response:
         if len(body) > MAX_ANSWER_BYTES:
             raise upstream_error("its answer has no end")
     if status == 200:
-        relay.meter.output_seen = len(body) // 4
-        try:
-            relay.meter.last = read_usage(json.loads(body).get("usage"))
-        except (ValueError, AttributeError, RecursionError):
-            raise upstream_error("its answer is not a JSON object") from None
+        relay.meter.output_seen, value = len(body) // 4, parsed(body)
+        if not isinstance(value, dict):
+            raise upstream_error("its answer is not a JSON object")
+        relay.meter.last = read_usage(value.get("usage"))
     relay.settle("ok" if status == 200 else "error")  # before the caller has it
     return Response(bytes(body), status, content_type=content_type)
 
@@ -1444,17 +1335,12 @@ def events(relay: Relay, answer: requests.Response) -> Iterator[bytes]:
 routes = Blueprint("llmgate", __name__)
 
 
-def _no_constant(name: str) -> None:
-    """NaN and Infinity are not JSON."""
-    raise ValueError(name)
-
-
 def read_json() -> JSONObject:
     """The body, a JSON object; 415 for another content type, 400 for anything else."""
     if request.mimetype != "application/json":
         raise APIError("unsupported_media_type")
-    with suppress(ValueError, RecursionError):
-        body = json.loads(request.get_data().decode(), parse_constant=_no_constant)
+    with suppress(ValueError, RecursionError):  # int() refuses NaN and Infinity: they are not JSON
+        body = json.loads(request.get_data().decode(), parse_constant=int)
         if isinstance(body, dict):
             return body
     raise APIError("invalid_json")
@@ -1462,11 +1348,11 @@ def read_json() -> JSONObject:
 
 @routes.post("/auth/register")
 def auth_register() -> tuple[JSONObject, int]:
-    """A new account with its first API key."""
+    """A new account with its first API key; 403 `registration_closed`."""
     settings, body = gate().settings, read_json()
     token = utf8(body.get("registration_token"))
     invited = hmac.compare_digest(token, settings.registration_token.encode())
-    if settings.registration == "closed" or (settings.registration == "invite" and not invited):
+    if not {"open": True, "invite": invited, "closed": False}[settings.registration]:
         raise APIError("registration_closed")
     limit = whole_number(body, "token_limit", 1) or settings.default_token_limit
     limit = min(limit, settings.max_token_limit)
@@ -1524,11 +1410,6 @@ def replace_key() -> JSONObject:
     return {"api_key": gate().keyring.shown(keys[0])}
 
 
-KEY_SUMS = """
-SELECT api_key_id, sum(prompt_tokens + completion_tokens) FROM usage WHERE user_id = :user_id
- GROUP BY api_key_id"""
-
-
 def shown_key(key: ApiKey, tokens_used: int = 0) -> JSONObject:
     """One key for its owner; times in Unix seconds."""
     shown = {name: getattr(key, name) for name in ("id", "name", "created_at", "last_used_at")}
@@ -1539,10 +1420,11 @@ def shown_key(key: ApiKey, tokens_used: int = 0) -> JSONObject:
 @jwt_required
 def list_keys() -> JSONObject:
     """The keys that work."""
-    used = dict(gate().ledger.query(KEY_SUMS, user_id=g.caller.id))
+    sums = "SELECT api_key_id, sum(prompt_tokens + completion_tokens) FROM usage"
+    used = gate().ledger.query(f"{sums} WHERE user_id = :id GROUP BY api_key_id", id=g.caller.id)
     with gate().ledger.session() as session:
         keys = live_keys(session, g.caller.id)
-    return {"data": [shown_key(key, used.get(key.id, 0)) for key in keys]}
+    return {"data": [shown_key(key, dict(used).get(key.id, 0)) for key in keys]}
 
 
 @routes.post("/users/me/keys")
@@ -1552,8 +1434,8 @@ def create_key() -> tuple[JSONObject, int]:
     name = read_json().get("name")
     if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.strip()) <= 64:
         raise APIError("invalid_value", "name", must_be="1 to 64 printable characters")
+    key = gate().keyring.renew(ApiKey(user_id=g.caller.id, name=name.strip()))
     with gate().ledger.session() as session:
-        key = gate().keyring.renew(ApiKey(user_id=g.caller.id, name=name.strip()))
         session.add(key)
     return shown_key(key), 201
 
@@ -1563,40 +1445,34 @@ def create_key() -> tuple[JSONObject, int]:
 def revoke_key(key_id: int) -> tuple[str, int]:
     """Ends a key at once; answers that run with it go on."""
     with gate().ledger.session() as session:
-        keys = [key for key in live_keys(session, g.caller.id) if key.id == key_id]
-        if not keys:
+        keys = {key.id: key for key in live_keys(session, g.caller.id)}
+        if key_id not in keys:
             raise APIError("key_not_found")
-        keys[0].revoked_at = int(time.time())
+        keys[key_id].revoked_at = int(time.time())
     return "", 204
-
-
-MODEL_FIELDS = ("id", "object", "created", "owned_by", "max_model_len")  # not root, a path
 
 
 def shown_models() -> dict[str, JSONObject]:
     """{id or alias: entry} as callers may see it; 502 while no server is up."""
     upstreams = gate().upstreams
-    models = upstreams.models()
-    if not models:
+    if not (models := upstreams.models()):
         raise APIError("upstream_unavailable")
     for alias in upstreams.aliases:
         if (real := upstreams.resolved(alias)) in models:
             models[alias] = {**models[real], "id": alias}
-    return {name: {k: e[k] for k in MODEL_FIELDS if k in e} for name, e in models.items()}
+    shown = ("id", "object", "created", "owned_by", "max_model_len")  # not root, a path
+    return {name: {k: e[k] for k in shown if k in e} for name, e in models.items()}
 
 
-@routes.get("/v1/models")
-@api_key_required
-def list_models() -> JSONObject:
-    """The models of all servers, and the aliases."""
-    return {"object": "list", "data": list(shown_models().values())}
-
-
+@routes.get("/v1/models", defaults={"model": None})
 @routes.get("/v1/models/<path:model>")
 @api_key_required
-def get_model(model: str) -> JSONObject:
-    """One model or alias."""
-    if model not in (shown := shown_models()):
+def models(model: str | None) -> JSONObject:
+    """The models of all servers and the aliases, or one of them."""
+    shown = shown_models()
+    if model is None:
+        return {"object": "list", "data": list(shown.values())}
+    if model not in shown:
         raise APIError("model_not_found", "model", model=model)
     return shown[model]
 
@@ -1608,15 +1484,6 @@ def context_of(entry: JSONObject) -> int:
     return known if type(known) is int and known > 0 else UNKNOWN_CONTEXT
 
 
-def require_capacity() -> None:
-    """503 `draining` or `overloaded`: some threads stay free of relays, for logins and usage."""
-    threads = gate().settings.threads
-    if gate().draining:
-        raise APIError("draining")
-    if len(gate().watcher.running) >= threads - max(2, min(32, threads // 8)):
-        raise APIError("overloaded")
-
-
 @routes.post("/v1/chat/completions", defaults={"endpoint": "chat/completions"})
 @routes.post("/v1/completions", defaults={"endpoint": "completions"})
 @routes.post("/v1/embeddings", defaults={"endpoint": "embeddings"})
@@ -1625,12 +1492,16 @@ def relay_request(endpoint: str) -> Response:
     """vLLM's answer, plain or streamed, within the caller's quota."""
     body, caller, upstreams, watcher = read_json(), g.caller, gate().upstreams, gate().watcher
     require_relayable(body)
-    require_capacity()
-    body["model"] = upstreams.resolved(body["model"])
-    servers = upstreams.route(body["model"], watcher.running)
-    raw, context = request.get_data(), context_of(servers[0].models[body["model"]])
+    threads = gate().settings.threads
+    if gate().draining:
+        raise APIError("draining")
+    if len(watcher.running) >= threads - max(2, min(32, threads // 8)):
+        raise APIError("overloaded")  # some threads stay free of relays, for logins and usage
+    model = body["model"] = upstreams.resolved(body["model"])
+    servers = upstreams.route(model, watcher.running)
+    raw, context = request.get_data(), context_of(servers[0].models[model])
     claim = sharper(claim_of(body, raw, endpoint, context), caller, body, raw, servers[0])
-    row = {"request_id": g.request_id, "model": body["model"], "endpoint": endpoint}
+    row = {"request_id": g.request_id, "model": model, "endpoint": endpoint}
     row["stream"] = int(body.get("stream") is True)
     granted = reserve(gate().ledger, caller, claim, row, gate().settings.max_requests_per_user)
     meter = Meter(claim, claim.total(granted), body.get("n") or 1, body.get("stream_options") or {})
@@ -1652,15 +1523,15 @@ def relay_request(endpoint: str) -> Response:
 @routes.get("/users/usage")
 @jwt_or_api_key_required
 def users_usage() -> JSONObject | Response:
-    """The report, as JSON or, with Accept: text/plain, drawn."""
+    """The report, as JSON or, with Accept: text/plain, drawn (with ?ascii in plain characters)."""
     days = request.args.get("days", "30")
     if not re.fullmatch(r"[1-9][0-9]{0,2}", days) or int(days) > 366:
         raise APIError("invalid_value", "days", must_be="a whole number from 1 to 366")
     report = usage_report(gate().ledger, g.caller, int(days))
-    kinds = ["application/json", "text/plain"]
-    if request.accept_mimetypes.best_match(kinds) != "text/plain":
+    if request.accept_mimetypes.best_match(["application/json", "text/plain"]) != "text/plain":
         return report
-    drawn = drawn_usage(g.caller.username, report, "ascii" in request.args)
+    drawn = drawn_usage(g.caller.username, report)
+    drawn = drawn.translate(ASCII) if "ascii" in request.args else drawn
     return Response(drawn, content_type="text/plain; charset=utf-8")
 
 
@@ -1671,44 +1542,43 @@ def health() -> JSONObject:
     return {"status": "ok"}
 
 
-def bar(part: int, whole: int, width: int, ascii_only: bool) -> str:
-    """A bar of `width` characters, filled by part / whole."""
-    filled = min(width, -(-part * width // whole)) if whole else 0
-    full, empty = "#." if ascii_only else "█░"
-    return full * filled + empty * (width - filled)
+ASCII = str.maketrans("█░", "#.")  # for a terminal that cannot show the blocks of a bar
 
 
-def drawn_usage(username: str, report: JSONObject, ascii_only: bool) -> str:
+def bar(part: int, whole: int, width: int) -> str:
+    """`width` characters, filled by part / whole."""
+    filled = min(width, -(-part * width // max(whole, 1)))
+    return "█" * filled + "░" * (width - filled)
+
+
+def drawn_usage(username: str, report: JSONObject) -> str:
     """A usage report in 80 columns."""
     used, limit = report["tokens_used"], report["token_limit"]
     lines = [f"{username}: {used:,} of {limit:,} tokens used, {report['remaining']:,} left"]
-    lines.append(f"{bar(used, limit, 72, ascii_only)} {100 * used // limit:>5} %")
+    lines.append(f"{bar(used, limit, 72)} {100 * used // limit:>5} %")
     for by, name in (("by_day", "date"), ("by_model", "model"), ("by_key", "key")):
         lines += ["", f"{name:<28} {'requests':>9} {'prompt':>12} {'completion':>12}"]
-        tokens = [row["prompt_tokens"] + row["completion_tokens"] for row in report[by]]
-        for row, part in zip(report[by], tokens, strict=True):
-            requests_, prompt, completion = (f"{row[column]:,}" for column in SUMS)
-            line = f"{str(row[name])[:28]:<28} {requests_:>9} {prompt:>12} {completion:>12} "
-            lines.append(line + bar(part, max(tokens), 14, ascii_only))
+        rows = [(str(row[name])[:28], *(row[column] for column in SUMS)) for row in report[by]]
+        most = max((prompt + completion for *_, prompt, completion in rows), default=0)
+        for group, count, prompt, completion in rows:
+            drawn = bar(prompt + completion, most, 14)
+            lines.append(f"{group:<28} {count:>9,} {prompt:>12,} {completion:>12,} {drawn}")
     return "\n".join(lines) + "\n"
 
 
 def opencode_config(base_url: str, token_limit: int) -> JSONObject:
-    """OpenCode's configuration for this gate; 502 while no server is up.
-
-    An alias carries the real name as `id`: OpenCode's repairs for some models go by it.
-    """
+    """OpenCode's configuration for this gate; 502 while no server is up."""
     upstreams, models = gate().upstreams, {}
     for name in shown_models():
-        real = upstreams.resolved(name)
+        real = upstreams.resolved(name)  # as `id`: OpenCode's repairs for some models go by it
         context = context_of(upstreams.models().get(real, {}))
         limit = {"context": context, "output": min(context // 4, 32000, token_limit)}
         models[name] = {"id": real, "name": name, "tool_call": True, "limit": limit}
     default = next((alias for alias in upstreams.aliases if alias in models), next(iter(models)))
-    options = {"baseURL": f"{base_url}/v1", "apiKey": "{env:LLMGATE_API_KEY}"}
+    options = {"baseURL": base_url.rstrip("/") + "/v1", "apiKey": "{env:LLMGATE_API_KEY}"}
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "llmgate", "options": options}
-    config = {"$schema": "https://opencode.ai/config.json", "model": f"llmgate/{default}"}
-    config["small_model"] = config["model"]
+    config = dict.fromkeys(("model", "small_model"), f"llmgate/{default}")
+    config["$schema"] = "https://opencode.ai/config.json"
     return {**config, "provider": {"llmgate": {**provider, "models": models}}}
 
 
@@ -1716,24 +1586,19 @@ def opencode_config(base_url: str, token_limit: int) -> JSONObject:
 @api_key_required
 def opencode_json() -> JSONObject:
     """A complete opencode.json for this gate."""
-    return opencode_config(request.host_url.rstrip("/"), g.caller.token_limit)
-
-
-# Prints the key that the environment holds, or asks for it on the terminal.
-OPENCODE_LOGIN = (
-    'if [ -z "$LLMGATE_API_KEY" ]; then printf "llmgate API key: " > /dev/tty; '
-    'read -r LLMGATE_API_KEY < /dev/tty; fi; printf %s "$LLMGATE_API_KEY"'
-)
+    return opencode_config(request.host_url, g.caller.token_limit)
 
 
 @routes.get("/.well-known/opencode")
 def well_known_opencode() -> JSONObject:
     """What `opencode auth login URL` reads, without a key; 404 if OPENCODE_DISCOVERY is off."""
-    if gate().settings.opencode_discovery == "off":
+    settings = gate().settings
+    if settings.opencode_discovery == "off":
         raise APIError("not_found")
-    auth = {"command": ["sh", "-c", OPENCODE_LOGIN], "env": "LLMGATE_API_KEY"}
-    limit = gate().settings.default_token_limit
-    return {"auth": auth, "config": opencode_config(request.host_url.rstrip("/"), limit)}
+    ask = 'printf "llmgate API key: " > /dev/tty; read -r LLMGATE_API_KEY < /dev/tty'
+    login = f'if [ -z "$LLMGATE_API_KEY" ]; then {ask}; fi; printf %s "$LLMGATE_API_KEY"'
+    auth = {"command": ["sh", "-c", login], "env": "LLMGATE_API_KEY"}
+    return {"auth": auth, "config": opencode_config(request.host_url, settings.default_token_limit)}
 
 
 @routes.before_app_request
@@ -1748,12 +1613,9 @@ def end_request(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.request_id
     response.headers.setdefault("Cache-Control", "no-store")
     if "relay" not in g:
-        name, ms = (
-            g.caller.username if "caller" in g else "-",
-            (time.monotonic() - g.started) * 1000,
-        )
-        what = (request.method, quote(request.path), response.status_code, ms)
-        log.info("%s %s %s %s %d, end %d ms", g.request_id, name, *what)
+        name, ms = getattr(g.get("caller"), "username", "-"), (time.monotonic() - g.started) * 1000
+        what = (g.request_id, name, request.method, quote(request.path), response.status_code, ms)
+        log.info("%s %s %s %s %d, end %d ms", *what)
     return response
 
 
@@ -1764,26 +1626,22 @@ def end_request(response: Response) -> Response:
 
 def load_secret(settings: Settings, ledger: Ledger) -> str:
     """The secret, from the settings or its 0600 file, made on first start; SettingsError."""
-    path = Path(SECRET_FILE)
     if settings.jwt_secret_key:
         return settings.jwt_secret_key
-    if not path.exists():
-        if ledger.query("SELECT id FROM users LIMIT 1"):
-            raise SettingsError(
-                f"{SECRET_FILE} is missing, but there are users: bring it back, or let all of them "
-                f"make new keys after: (umask 077; openssl rand -hex 32 > {SECRET_FILE})"
-            )
-        with suppress(FileExistsError):
-            path.touch(0o600, exist_ok=False)
-            path.write_text(secrets.token_hex(32))
-    try:
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o600)
-            log.warning("%s was open to other users of this machine; repaired", SECRET_FILE)
-        secret = path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        raise SettingsError(f"{SECRET_FILE} must be a text file of the gate's own user") from None
-    if len(secret) < 32:
+    path = Path(SECRET_FILE)
+    if not path.exists() and ledger.query("SELECT id FROM users LIMIT 1"):
+        raise SettingsError(
+            f"{SECRET_FILE} is missing, but there are users: bring it back, or let all of them "
+            f"make new keys after: (umask 077; openssl rand -hex 32 > {SECRET_FILE})"
+        )
+    with suppress(FileExistsError):
+        path.touch(0o600, exist_ok=False)
+        path.write_text(secrets.token_hex(32))
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+        log.warning("%s was open to other users of this machine; repaired", SECRET_FILE)
+    secret = path.read_text(errors="replace").strip()
+    if len(secret) < 32 or "\N{REPLACEMENT CHARACTER}" in secret:
         raise SettingsError(f"{SECRET_FILE} must hold 32 bytes or more: openssl rand -hex 32")
     return secret
 
@@ -1798,7 +1656,7 @@ def create_app(settings: Settings) -> Gate:
     if settings.database_url.startswith("postgresql"):
         options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": DB_TIMEOUT_S}}
     else:  # a transaction begins where we say, not where the driver does
-        options |= {"connect_args": {"timeout": DB_TIMEOUT_S, "isolation_level": None}}
+        options["connect_args"] = {"timeout": DB_TIMEOUT_S, "isolation_level": None}
     app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
     app.config["TRUSTED_HOSTS"] = list(settings.allowed_hosts) or None
@@ -1815,10 +1673,8 @@ def create_app(settings: Settings) -> Gate:
         with app.ledger.session() as session:
             key = session.scalar(sa.select(ApiKey).where(ApiKey.revoked_at.is_(None)).limit(1))
         if key and not app.keyring.shown(key):
-            log.warning(
-                "the secret is not the one that made the stored keys: they work, but cannot"
-            )
-            log.warning("be shown again. Do all gates of this database have one JWT_SECRET_KEY?")
+            log.warning("the secret has changed: stored keys work, but cannot be shown again.")
+            log.warning("Do all gates of this database have one JWT_SECRET_KEY?")
     return app
 
 
@@ -1839,8 +1695,8 @@ class JSONErrorTask(waitress.task.ErrorTask):
         error = self.request.error
         body = APIError(CODES.get(error.code, "bad_request")).body()
         self.status, self.content_length = f"{error.code} {error.reason}", len(body)
-        headers = {"Content-Type": "application/json", "X-Request-Id": secrets.token_hex(16)}
-        self.response_headers += headers.items()
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.response_headers.append(("X-Request-Id", secrets.token_hex(16)))
         self.set_close_on_finish()
         self.write(body)
 
@@ -1849,6 +1705,16 @@ class Channel(waitress.channel.HTTPChannel):
     """A connection whose errors are JSON."""
 
     error_task_class = JSONErrorTask
+
+
+WAITRESS = {
+    "asyncore_use_poll": True,  # select() ends the process at descriptor 1024
+    "channel_request_lookahead": 1,  # or a vanished caller is seen only when written to
+    "connection_limit": 4000,
+    "max_request_header_size": 65536,
+    "outbuf_high_watermark": 1 << 20,  # what a slow reader may leave unread
+    "ident": None,
+}
 
 
 class Server:
@@ -1869,36 +1735,21 @@ class Server:
             listening = socket.create_server((settings.host, settings.port), family=family)
         except OSError as error:
             raise SettingsError(f"HOST and PORT must be free: {error.strerror}") from None
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: gives up a caller who never reads
+            timeout_ms = settings.upstream_timeout * 1000
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         host, port = listening.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self._sockets: dict[int, Any] = {}
-        self.waitress = waitress.server.create_server(
-            self.app, map=self._sockets, sockets=[listening], **self._adjustments()
-        )
+        options: JSONObject = {"threads": settings.threads, "sockets": [listening]}
+        options["max_request_body_size"] = settings.max_body_mb << 20
+        if settings.trusted_proxy:
+            names = {f"x-forwarded-{name}" for name in ("for", "host", "proto", "port")}
+            options |= {"trusted_proxy": settings.trusted_proxy, "trusted_proxy_headers": names}
+        self.sockets: dict[int, Any] = {}  # of waitress's loop
+        self.left: dict[int, Any] = {}  # those to close when the loop has ended
+        self.waitress = waitress.server.create_server(self.app, self.sockets, **WAITRESS, **options)
         self.waitress.channel_class = Channel
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: gives up a caller who never reads
-            option = (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, settings.upstream_timeout * 1000)
-            self.waitress.adj.socket_options = [*self.waitress.adj.socket_options, option]
-
-    def _adjustments(self) -> JSONObject:
-        """waitress's settings where its own do not fit a relay."""
-        adjustments: JSONObject = {
-            "threads": self.settings.threads,
-            "asyncore_use_poll": True,  # select() ends the process at descriptor 1024
-            "channel_request_lookahead": 1,  # or a vanished caller is seen only when written to
-            "connection_limit": 4000,
-            "backlog": 1024,
-            "max_request_header_size": 65536,
-            "max_request_body_size": self.settings.max_body_mb << 20,
-            "outbuf_high_watermark": 1 << 20,  # what a slow reader may leave unread
-            "ident": None,
-            "clear_untrusted_proxy_headers": True,
-        }
-        if self.settings.trusted_proxy:
-            adjustments["trusted_proxy"] = self.settings.trusted_proxy
-            names = ("for", "host", "proto", "port")
-            adjustments["trusted_proxy_headers"] = {f"x-forwarded-{name}" for name in names}
-        return adjustments
+        self.drainer = threading.Thread(target=self._drain, name="drain")
 
     def run(self) -> None:
         """Serves until drain() has ended it and all is booked."""
@@ -1906,6 +1757,9 @@ class Server:
         watcher.start()
         try:
             self.waitress.run()
+            self.drainer.join()  # it may still be pulling the trigger that is closed now
+            self.waitress.task_dispatcher.shutdown()
+            self.waitress.asyncore.close_all(self.left)
         finally:
             watcher.stopping.set()
             watcher.join()
@@ -1919,26 +1773,26 @@ class Server:
 
     def drain(self, grace_s: float = 30) -> None:
         """Refuses new relays from now on, breaks off the running ones after `grace_s`, then stops."""
-        self.app.draining = True
-        threading.Thread(target=self._drain, args=(grace_s,), name="drain").start()
+        self.app.draining, self.grace_s = True, grace_s
+        self.drainer.start()
 
-    def _drain(self, grace_s: float) -> None:
-        """The rest of drain(), while waitress goes on serving."""
+    def _drain(self) -> None:
+        """The rest of drain(), beside waitress, which goes on serving meanwhile."""
         running, channels = self.app.watcher.running, self.waitress.active_channels
-        wait_until(lambda: not running, grace_s)
+        wait_until(lambda: not running, self.grace_s)
         for relay in list(running):
             relay.cut_by = APIError("draining")
             relay.shutdown(socket.SHUT_RDWR)
         wait_until(lambda: not running, 5)
-        busy = lambda channel: channel.requests or channel.total_outbufs_len  # noqa: E731
-        wait_until(lambda: not any(map(busy, list(channels.values()))), 2)
-        with suppress(OSError):  # the loop may end, and close its trigger, while we still pull
-            self.waitress.trigger.pull_trigger(self._stop)
+        wait_until(
+            lambda: not any(c.requests or c.total_outbufs_len for c in [*channels.values()]), 2
+        )
+        self.waitress.trigger.pull_trigger(self._leave_loop)
 
-    def _stop(self) -> None:
-        """Ends waitress's loop, from inside it."""
-        self.waitress.task_dispatcher.shutdown()
-        self.waitress.asyncore.close_all(self._sockets)
+    def _leave_loop(self) -> None:
+        """Ends waitress's loop, which runs while it has sockets."""
+        self.left = dict(self.sockets)
+        self.sockets.clear()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -1948,15 +1802,9 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def load_settings() -> Settings:
-    """Settings from the environment, then from .env in the current directory."""
-    from_file = {name: value or "" for name, value in dotenv_values(".env").items()}
-    return Settings.from_env({**from_file, **os.environ})
-
-
-def serve() -> None:
+def serve(settings: Settings) -> None:
     """Runs the gate until SIGTERM or Ctrl-C; a second signal stops it at once."""
-    server = Server(load_settings())
+    server = Server(settings)
 
     def end(*_: object) -> None:
         if server.app.draining:
@@ -1975,16 +1823,16 @@ def serve() -> None:
 def banner(server: Server) -> str:
     """The first lines: where the gate is, what it found, what to type next."""
     settings, upstreams = server.settings, server.app.upstreams
-    models, looked = ", ".join(upstreams.models()), [server.url for server in upstreams.servers]
-    found = ", ".join(server.url for server in upstreams.servers if server.up)
-    none = f"none yet at {', '.join(looked)}\n          start one: vllm serve MODEL --port 8001"
-    register_line = f"""curl {server.url}/auth/register -H 'Content-Type: application/json' \\
-          -d '{{"username":"alice","password":"correct horse"}}'"""
+    names = ", ".join(upstreams.models())
+    urls = ", ".join(upstream.url for upstream in upstreams.servers if upstream.up or not names)
+    start_one = f"none yet at {urls}\n          start one: vllm serve MODEL --port 8001"
     closed = "closed; make accounts with: python llmgate.py create-user NAME"
+    curl = f"""curl {server.url}/auth/register -H 'Content-Type: application/json' \\
+          -d '{{"username":"alice","password":"correct horse"}}'"""
     return f"""llmgate   {server.url}
-models    {f"{models} at {found}" if found else none}
+models    {f"{names} at {urls}" if names else start_one}
 database  {sa.make_url(settings.database_url).render_as_string()}, log {settings.log_file}
-register  {closed if settings.registration == "closed" else register_line}"""
+register  {closed if settings.registration == "closed" else curl}"""
 
 
 @click.group(invoke_without_command=True)
@@ -1995,21 +1843,35 @@ def cli(context: click.Context) -> None:
     Without a command: serves. Settings are environment variables or lines in .env; .env.example
     lists them. Every command works while the gate runs.
     """
+    if "--help" in sys.argv:  # help makes no database
+        return
+    from_file = {name: value or "" for name, value in dotenv_values(".env").items()}
+    settings = Settings.from_env(from_file | os.environ)
     if context.invoked_subcommand is None:
-        serve()
-    elif "--help" not in sys.argv:  # help makes no database
-        context.with_resource(create_app(load_settings()).app_context())
+        serve(settings)
+    else:
+        context.with_resource(create_app(settings).app_context())
 
 
 NAME = click.argument("name")
 TOKENS = click.IntRange(1, MAX_BIGINT)
 
 
-def named_user(name: str) -> User:
-    """The user of a name; a click error if there is none."""
+def accounts(name: str | None = None) -> list[User]:
+    """The account of a name, or all of them; a click error if nobody has the name."""
+    if name is None:
+        with gate().ledger.session() as session:
+            return list(session.scalars(sa.select(User).order_by(User.id)))
     if (user := find_user(name)) is None:
         raise click.ClickException(f"There is no user {name!r}; see: python llmgate.py users")
-    return user
+    return [user]
+
+
+def update_account(name: str, **columns: int | None) -> None:
+    """Sets columns of an account's row."""
+    update = sa.update(User).where(User.id == accounts(name)[0].id).values(columns)
+    with gate().ledger.session() as session:
+        session.execute(update)
 
 
 def asked_password() -> str:
@@ -2019,17 +1881,10 @@ def asked_password() -> str:
     return sys.stdin.readline().rstrip("\n")
 
 
-def ascii_terminal() -> bool:
-    """Whether standard output cannot show the blocks of a bar."""
-    return (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-
-
-def update_user(name: str, column: str, value: int | None) -> None:
-    """Sets a column of a user's row."""
-    user = named_user(name)
-    with gate().ledger.transaction() as execute:
-        sql = f"UPDATE users SET {column} = :value WHERE id = :id"
-        execute(sql, {"value": value, "id": user.id})
+def echo_drawn(text: str) -> None:
+    """Prints a text with bars."""
+    blocks = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
+    click.echo(text if blocks else text.translate(ASCII))
 
 
 @cli.command("create-tables")
@@ -2050,11 +1905,11 @@ def create_user(name: str, token_limit: int | None) -> None:
 @cli.command()
 def users() -> None:
     """List all accounts with their quotas."""
-    sql = "SELECT id, username, tokens_used, token_limit, disabled_at FROM users ORDER BY id"
     click.echo(f"{'id':>5} {'username':<24} {'used':>13} {'limit':>13}")
-    for user_id, name, used, limit, disabled_at in gate().ledger.query(sql):
-        drawn = bar(used, limit, 12, ascii_terminal()) + (" disabled" if disabled_at else "")
-        click.echo(f"{user_id:>5} {name[:24]:<24} {used:>13,} {limit:>13,} {drawn}")
+    for user in accounts():
+        used, limit = user.tokens_used, user.token_limit
+        drawn = bar(used, limit, 12) + (" disabled" if user.disabled_at else "")
+        echo_drawn(f"{user.id:>5} {user.username[:24]:<24} {used:>13,} {limit:>13,} {drawn}")
 
 
 @cli.command()
@@ -2062,15 +1917,9 @@ def users() -> None:
 @click.option("--days", type=click.IntRange(1, 366), default=30, show_default=True)
 def usage(name: str | None, days: int) -> None:
     """Draw the usage of one account, or of all."""
-    ids = [named_user(name).id] if name else user_ids()
-    for caller in (Caller(*gate().ledger.query(CALLER_BY_ID, value=user_id)[0]) for user_id in ids):
-        report = usage_report(gate().ledger, caller, days)
-        click.echo(drawn_usage(caller.username, report, ascii_terminal()))
-
-
-def user_ids() -> list[int]:
-    """The ids of all users."""
-    return [row[0] for row in gate().ledger.query("SELECT id FROM users ORDER BY id")]
+    for user in accounts(name):
+        caller = Caller(*gate().ledger.query(CALLER_BY_ID, value=user.id)[0])
+        echo_drawn(drawn_usage(user.username, usage_report(gate().ledger, caller, days)))
 
 
 @cli.command()
@@ -2078,7 +1927,7 @@ def user_ids() -> list[int]:
 @click.argument("token_limit", type=TOKENS)
 def set_limit(name: str, token_limit: int) -> None:
     """Set the quota of an account, in tokens."""
-    update_user(name, "token_limit", token_limit)
+    update_account(name, token_limit=token_limit)
     click.echo(f"{name} may use {token_limit:,} tokens.")
 
 
@@ -2086,7 +1935,7 @@ def set_limit(name: str, token_limit: int) -> None:
 @NAME
 def disable(name: str) -> None:
     """Refuse an account's keys and logins from now on."""
-    update_user(name, "disabled_at", int(time.time()))
+    update_account(name, disabled_at=int(time.time()))
     click.echo(f"{name} is disabled.")
 
 
@@ -2094,7 +1943,7 @@ def disable(name: str) -> None:
 @NAME
 def enable(name: str) -> None:
     """Let a disabled account in again, with the same keys."""
-    update_user(name, "disabled_at", None)
+    update_account(name, disabled_at=None)
     click.echo(f"{name} is enabled.")
 
 
@@ -2105,8 +1954,8 @@ def reset_usage_command(name: str | None, everyone: bool) -> None:
     """Set the used tokens to 0; the rows stay, balanced by one more."""
     if bool(name) == everyone:
         raise click.UsageError("Give a NAME, or --all.")
-    for user_id in [named_user(name).id] if name else user_ids():
-        reset_usage(gate().ledger, user_id)
+    for user in accounts(name):
+        reset_usage(gate().ledger, user.id)
     click.echo(f"{name or 'Everyone'} begins again at 0 tokens.")
 
 
@@ -2114,22 +1963,20 @@ def reset_usage_command(name: str | None, everyone: bool) -> None:
 @NAME
 def set_password_command(name: str) -> None:
     """Set a password (asked, or on stdin) and end the account's JWTs."""
-    set_password(named_user(name), hash_password(asked_password()))
+    set_password(accounts(name)[0], hash_password(asked_password()))
     click.echo(f"{name} has a new password.")
-
-
-CHECK_SUMS = """
-SELECT username, tokens_used, coalesce(sum(r.prompt_tokens + r.completion_tokens), 0),
- tokens_reserved, coalesce(sum(r.reserved), 0) FROM users u LEFT JOIN usage r ON r.user_id = u.id
- GROUP BY u.id, username, tokens_used, tokens_reserved ORDER BY u.id"""
 
 
 @cli.command()
 def check() -> None:
     """Recount tokens_used from the rows; say what differs (exit status 1)."""
-    rows = [r for r in gate().ledger.query(CHECK_SUMS) if r[1] != r[2] or r[3] != r[4]]
-    for name, used, counted, reserved, held in rows:
-        click.echo(f"{name}: {used} used, rows say {counted}; {reserved} reserved, rows say {held}")
+    sums = """
+SELECT username, tokens_used, coalesce(sum(r.prompt_tokens + r.completion_tokens), 0),
+ tokens_reserved, coalesce(sum(r.reserved), 0) FROM users u LEFT JOIN usage r ON r.user_id = u.id
+ GROUP BY u.id ORDER BY u.id"""
+    rows = [r for r in gate().ledger.query(sums) if r[1] != r[2] or r[3] != r[4]]
+    for row in rows:
+        click.echo("{}: {} used, rows say {}; {} reserved, rows say {}".format(*row))
     click.echo(f"{len(rows)} accounts differ from their rows.")
     sys.exit(bool(rows))
 
@@ -2140,8 +1987,7 @@ def check() -> None:
 def opencode_config_command(name: str, url: str | None) -> None:
     """Print an account's opencode.json."""
     base_url = url or f"http://{gate().settings.host}:{gate().settings.port}"
-    config = opencode_config(base_url.rstrip("/"), named_user(name).token_limit)
-    click.echo(json.dumps(config, indent=2))
+    click.echo(json.dumps(opencode_config(base_url, accounts(name)[0].token_limit), indent=2))
 
 
 def main() -> None:
@@ -2149,7 +1995,7 @@ def main() -> None:
     os.umask(0o077)  # database, -wal, -shm, log and secret are the gate's alone
     try:
         cli()
-    except (SettingsError, APIError, sa.exc.SQLAlchemyError, OSError) as error:
+    except (SettingsError, APIError, sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         click.echo(f"llmgate: {reason}", err=True)
         sys.exit(2)
