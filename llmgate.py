@@ -54,13 +54,13 @@ from flask import Blueprint, Flask, Response, current_app, g, request
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, SecurityError
 
 JSONObject = dict[str, Any]
 Execute = Callable[..., Any]  # (sql with :names, {name: value}) -> the driver's cursor
 
 LEASE_S = 20  # a pending row whose gate has not renewed it for so long is taken for dead
-UPKEEP_S = 5  # between two rounds of checkpoints, leases and recovery
+UPKEEP_S = 2  # between two rounds of checkpoints, leases and recovery
 LAST_WORDS_S = 0.5  # how long vLLM may take to notice that its caller has gone
 DB_TIMEOUT_S = 5  # waiting for the database's write lock
 CONNECT_TIMEOUT_S = 2
@@ -170,6 +170,7 @@ class Settings:
 
 ERRORS = {  # code: (status, Retry-After in seconds or 0, message)
     "bad_request": (400, 0, "This is not a request that the gate can read."),
+    "host_not_allowed": (400, 0, "The operator's ALLOWED_HOSTS does not have this Host."),
     "invalid_value": (400, 0, "{param} must be {must_be}."),
     "invalid_json": (400, 0, "The body must be a JSON object, and valid JSON."),
     "unsupported_value": (400, 0, "This gate does not accept {param}."),
@@ -232,7 +233,8 @@ def show_error(error: Exception) -> Response:
     if isinstance(error, APIError):
         shown = error
     elif isinstance(error, HTTPException):
-        shown = APIError(CODES.get(error.code or 0, "bad_request"))
+        host = isinstance(error, SecurityError)
+        shown = APIError("host_not_allowed" if host else CODES.get(error.code or 0, "bad_request"))
         shown.headers |= {k: v for k, v in error.get_headers() if k == "Allow"}
     else:
         lost = isinstance(error, gate().ledger.errors)
@@ -1595,8 +1597,9 @@ def well_known_opencode() -> JSONObject:
     settings = gate().settings
     if settings.opencode_discovery == "off":
         raise APIError("not_found")
-    ask = 'printf "llmgate API key: " > /dev/tty; read -r LLMGATE_API_KEY < /dev/tty'
-    login = f'if [ -z "$LLMGATE_API_KEY" ]; then {ask}; fi; printf %s "$LLMGATE_API_KEY"'
+    ask = 'printf "llmgate API key: "; stty -echo; read -r LLMGATE_API_KEY; stty echo; echo'
+    ask = f'if [ -z "$LLMGATE_API_KEY" ]; then {{ {ask}; }} < /dev/tty > /dev/tty; fi'
+    login = f'{ask}; printf %s "$LLMGATE_API_KEY"'
     auth = {"command": ["sh", "-c", login], "env": "LLMGATE_API_KEY"}
     return {"auth": auth, "config": opencode_config(request.host_url, settings.default_token_limit)}
 
@@ -1725,7 +1728,10 @@ class Server:
         self.handler: logging.Handler = logging.StreamHandler()
         if settings.log_file != "-":
             rotated = logging.handlers.RotatingFileHandler
-            self.handler = rotated(settings.log_file, "a", 10 << 20, 5, encoding="utf-8")
+            try:
+                self.handler = rotated(settings.log_file, "a", 10 << 20, 5, encoding="utf-8")
+            except OSError as error:
+                raise SettingsError(f"LOG_FILE must be writable: {error.strerror}") from None
         self.handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s"))
         log.addHandler(self.handler)
         log.setLevel(logging.INFO)
@@ -1995,6 +2001,11 @@ def main() -> None:
     os.umask(0o077)  # database, -wal, -shm, log and secret are the gate's alone
     try:
         cli()
+    except ImportError:
+        click.echo(
+            "llmgate: DATABASE_URL needs its driver: pip install 'psycopg[binary]'", err=True
+        )
+        sys.exit(2)
     except (SettingsError, APIError, sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         click.echo(f"llmgate: {reason}", err=True)

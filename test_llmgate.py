@@ -189,6 +189,7 @@ class Upstream(ThreadingHTTPServer):
         self.pace_s = pace_s
         self.idle_s = idle_s
         self.redirect_to = ""
+        self.serves = frozenset(BEHAVIOURS)  # the models in its list
         self.keeps_bytes = True  # of the answers, for tests that compare them
         self.exchanges: list[Exchange] = []
         self.connections: set[socket.socket] = set()
@@ -314,6 +315,7 @@ class UpstreamHandler(BaseHTTPRequestHandler):
                 "permission": [{"id": "modelperm-8d6a", "object": "model_permission"}],
             }
             for model, behaviour in BEHAVIOURS.items()
+            if model in self.server.serves
         ]
 
     def parse(self) -> JSONObject:
@@ -1766,7 +1768,7 @@ def test_closed_registration_is_refused(make_gate: Callable[..., ThreadedGate]) 
 def test_host_names_that_are_not_the_gates_are_refused(gate: Gate) -> None:
     """A web page whose name was pointed at loopback gets nowhere."""
     answer = call(gate, "GET", "/health", headers={"Host": "evil.example"})
-    assert 400 <= answer.status_code < 500
+    assert_error(answer, 400, "host_not_allowed")
     assert call(gate, "GET", "/health", headers={"Host": "localhost:8000"}).status_code == 200
 
 
@@ -1964,6 +1966,38 @@ def test_server_that_goes_down_is_passed_over(
     gate.settle()
     assert gate.tokens_used(user) == 120
     assert gone
+
+
+def test_server_killed_under_load_fails_its_own_requests_only(
+    make_gate: Callable[..., ThreadedGate], upstream: Upstream
+) -> None:
+    """Two servers with different models; the killed one takes its own models away, and returns."""
+    with Upstream() as killed, Upstream() as other, ThreadPoolExecutor(8) as pool:
+        killed.serves, other.serves = frozenset({"slow"}), frozenset({"paced"})
+        gate = make_gate(VLLM_ENDPOINT=f"{killed.url},{other.url}", MAX_REQUESTS_PER_USER="64")
+        user = register(gate)
+        broken = [pool.submit(streamed, gate, user.key, "slow", max_tokens=200) for _ in range(4)]
+        whole = [pool.submit(streamed, gate, user.key, "paced", max_tokens=50) for _ in range(4)]
+        wait_until(lambda: killed.running() >= 4 and other.running() >= 4)
+        killed.__exit__()
+        for future in broken:
+            assert data(future.result()[-1])["error"]["code"] == "upstream_error"
+        for future in whole:
+            assert future.result()[-1] == b"data: [DONE]\n\n"
+        gate.expected_5xx = {502}
+        assert_error(chat(gate, user.key, "slow"), 502, "upstream_unavailable")
+        assert {m["id"] for m in call(gate, "GET", "/v1/models", user.key).json()["data"]} == {
+            "paced",
+            "llm-user-managed",
+        }
+        with Upstream(killed.server_address[1]) as again:
+            again.serves = frozenset({"slow"})
+            wait_until(lambda: chat(gate, user.key, "slow", max_tokens=2).status_code == 200)
+            upstream.exchanges += [*killed.exchanges, *other.exchanges, *again.exchanges]
+            gate.settle()
+    statuses = Counter((row.model, row.status) for row in gate.usage(user))
+    assert statuses[("slow", "error")] >= 4 and statuses[("slow", "ok")] == 1
+    assert statuses[("paced", "ok")] == 4
 
 
 def test_kept_connection_that_vllm_closed_costs_nothing(
@@ -3115,6 +3149,9 @@ def test_start_that_cannot_be_is_one_line(
     """Case 40: a bad value, a port in use, users but no secret."""
     (tmp_path / "other").mkdir()
     assert "JWT_SECRET_KEY" in refusal(tmp_path / "other", JWT_SECRET_KEY="short")
+    assert "LOG_FILE" in refusal(tmp_path / "other", LOG_FILE="/no-such-directory/server.log")
+    away = {"DATABASE_URL": "postgresql+psycopg://nobody@/x?host=/no-such-directory"}
+    assert "llmgate: " in refusal(tmp_path / "other", JWT_SECRET_KEY="x" * 32, **away)
     gate = start_process()
     register(gate)
     port = gate.address[1]
