@@ -25,7 +25,6 @@ import resource
 import secrets
 import signal
 import socket
-import sqlite3
 import string
 import sys
 import threading
@@ -69,6 +68,8 @@ MODELS_TTL_S = 10  # age at which a list of models is fetched anew
 MAX_EVENT_BYTES, MAX_ANSWER_BYTES = 4 << 20, 256 << 20
 MAX_BIGINT = 2**63 - 1
 TEMPLATE_TOKENS = 256  # what a chat template may add beyond the bytes of the JSON around it
+MAX_COUNTED_PROMPTS = 64  # calls of /tokenize for one list of prompts
+COUNTING = threading.Semaphore(16)  # calls of /tokenize at a time: they hold threads, and are free
 UNKNOWN_CONTEXT = 131072  # tokens, for a model whose server does not tell
 LOCAL_PORTS = (8001, 11434, 8080, 1234, 30000)  # vLLM, Ollama, llama.cpp, LM Studio, SGLang
 SECRET_FILE = "llmgate.secret"
@@ -118,9 +119,9 @@ class Settings:
     max_requests_per_user: int = _setting("16", COUNT)  # relays at a time
     upstream_timeout: int = _setting("600", range(1, 86401))  # seconds without a byte from vLLM
     max_body_mb: int = _setting("32", range(1, 1025))
-    trusted_proxy: str = _setting("")  # address whose X-Forwarded-* headers count
+    trusted_proxy: str = _setting("", "[0-9a-fA-F.:]*", "an address")  # X-Forwarded-* counts
     opencode_discovery: str = _setting("on", "(?i)on|off", "on or off")
-    allowed_hosts: tuple[str, ...] = _setting("")  # names accepted in Host; (): any
+    allowed_hosts: tuple[str, ...] = _setting("", r"[\w.:\[\]-]+", "a name")  # in Host; (): any
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -291,10 +292,20 @@ class ApiKey(Base):
 db = SQLAlchemy()
 
 
+@contextmanager
+def usable(engine: sa.Engine) -> Iterator[None]:
+    """Turns the driver's errors at a start into one line; SettingsError."""
+    try:
+        yield
+    except (cast(Any, engine.dialect).dbapi.Error, sa.exc.SQLAlchemyError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise SettingsError(f"DATABASE_URL must be a usable database: {reason}") from None
+
+
 def create_tables(engine: sa.Engine) -> None:
     """Runs schema.sql through the driver: split at ";" it would break on its comments."""
     ddl = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-    with engine.connect() as connection:
+    with usable(engine), engine.connect() as connection:
         driver = cast(Any, connection.connection.driver_connection)
         if engine.dialect.name == "sqlite":
             driver.executescript("PRAGMA journal_mode = WAL;" + ddl)
@@ -345,6 +356,14 @@ class Ledger:
                 execute("BEGIN IMMEDIATE")
             yield execute
             execute("COMMIT")
+
+    @contextmanager
+    def forgiving(self, request_id: str) -> Iterator[None]:
+        """Logs a row that the database will not have as it is, so that others still get booked."""
+        try:
+            yield
+        except (cast(Any, self.engine.dialect).dbapi.IntegrityError, sa.exc.IntegrityError):
+            log.exception("%s cannot be booked", request_id)
 
     def query(self, sql: str, **values: object) -> list[Any]:
         """The rows of one SELECT, as tuples."""
@@ -505,7 +524,7 @@ def hash_password(password: object, param: str = "password") -> str:
 
 def log_in(username: object, password: object) -> User:
     """The user of a name and password; 401, 403, 429. An unknown name costs the same as a known."""
-    name, encoded = username.lower() if isinstance(username, str) else "", utf8(password)
+    name, encoded = username.lower()[:65] if isinstance(username, str) else "", utf8(password)
     gate().throttle.admit(name)
     user = find_user(name)
     stored = user.password_hash if user else NOBODY
@@ -664,7 +683,8 @@ def reserve(ledger: Ledger, caller: Caller, claim: Claim, row: JSONObject, most:
         return granted >= 0 and execute(RESERVE, row).rowcount == 1
 
     with ledger.transaction() as execute:
-        granted = claim.granted(caller.room)
+        # On PostgreSQL only a statement after the lock sees what others have inserted meanwhile.
+        granted = claim.granted(caller.room) if ledger.sqlite else -1
         if not held(granted):
             limit, used, reserved, running = execute(LOCK_USER + ledger.for_update, row).fetchone()
             granted = claim.granted(limit - used - reserved)
@@ -708,6 +728,8 @@ def book(ledger: Ledger, request_id: str, status: str, counts: Counts, **times: 
         # What was held may be used up; more only if nobody else holds it. (A lost row's
         # reservation may have gone to others by the time its gate comes back.)
         counts = counts.within(before + max(reserved, reserved + free))
+        if counts.total < before - used:  # reset-usage came between an estimate and the count
+            counts = Counts(before - used, estimated=1)
         booked = counts.total - before
         kept = max(0, reserved - max(0, booked)) if status == "pending" else 0
         row = {"request_id": request_id, "status": status, "reserved": kept, **vars(counts)}
@@ -726,9 +748,9 @@ def recover_lost(ledger: Ledger) -> None:
     """Closes the pending rows of dead gates: their last checkpoint counts, at least the prompt."""
     for request_id, estimate, *seen in ledger.query(LOST_ROWS, now=int(time.time())):
         log.warning("%s lost: its gate died", request_id)
-        book(
-            ledger, request_id, "lost", Counts(*seen) if seen[0] else Counts(estimate, estimated=1)
-        )
+        counts = Counts(*seen) if seen[0] else Counts(estimate, estimated=1)
+        with ledger.forgiving(request_id):
+            book(ledger, request_id, "lost", counts)
 
 
 RESET_ROW = """
@@ -832,8 +854,10 @@ class Meter:
     INDEX = re.compile(rb'"index":\s*(\d{1,6})')
     NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
 
-    def __init__(self, claim: Claim, reserved: int, n: int, options: JSONObject) -> None:
-        self.claim, self.reserved, self.n = claim, reserved, n
+    def __init__(self, claim: Claim, granted: int, body: JSONObject, context: int) -> None:
+        self.claim, self.n, self.reserved = claim, body.get("n") or 1, claim.total(granted)
+        self.most = max(self.reserved, claim.choices * context)  # what a true count can be
+        options = body.get("stream_options") or {}
         self.show_last = options.get("include_usage") is True
         self.show_all = self.show_last and options.get("continuous_usage_stats") is True
         self.asked = False  # vLLM may have begun to work
@@ -875,14 +899,17 @@ class Meter:
         return event if shown else event[: found.start()] + event[found.end() :]
 
     def counts(self) -> Counts:
-        """The tokens so far: vLLM's count, or an estimate; never more than was reserved."""
+        """The tokens so far: vLLM's count if it can be right, or an estimate."""
+        if not self.asked:
+            return Counts()
         counts = Counts(self.claim.prompt_estimate, self.output_seen, estimated=1)
         choices = dict(self._choices)  # the watcher reads while the relay writes
         if choices:  # each prompt of a list counts once, whatever n
             prompts = {index // self.n: seen.prompt_tokens for index, seen in choices.items()}
             written = sum(seen.completion_tokens for seen in choices.values())
             counts = Counts(sum(prompts.values()), written)
-        return (self.last or counts).within(self.reserved) if self.asked else Counts()
+        counts = self.last or counts
+        return counts.within(self.reserved if counts.estimated else self.most)
 
 
 class Relay:
@@ -890,7 +917,7 @@ class Relay:
 
     status = "pending"
     upstream: Upstream | None = None
-    sock: socket.socket | None = None  # of a stream: not shared, for it asks vLLM to close it
+    sock: socket.socket | None = None  # to vLLM; that of a stream is nobody else's afterwards
     left_at: float | None = None  # when the caller was seen gone (monotonic)
     cut_by: APIError | None = None  # why the gate itself broke the answer off
     first_byte_ms: int | None = None  # from the request's arrival
@@ -921,9 +948,8 @@ class Relay:
 
     def leave(self) -> None:
         """The caller has gone: vLLM sees a half-close, and can still report its last counts."""
-        if self.left_at is None:
-            self.left_at = time.monotonic()
-            self.shutdown(socket.SHUT_WR)
+        self.left_at = self.left_at or time.monotonic()
+        self.shutdown(socket.SHUT_WR)
 
     def shutdown(self, how: int) -> None:
         """Shuts the connection to vLLM; a thread that waits for its bytes wakes up."""
@@ -983,27 +1009,26 @@ class Watcher(threading.Thread):
 
     def end_left_streams(self) -> None:
         """Ends streams whose caller left; a plain request runs to its end (contract 5)."""
-        now = time.monotonic()
         for relay in [relay for relay in list(self.running) if relay.stream]:
-            if relay.left_at is None and relay.gone():
-                relay.leave()
-            elif relay.left_at and now - relay.left_at > LAST_WORDS_S:
+            if relay.left_at or relay.gone():
+                relay.leave()  # again, too: the first time there may have been no connection yet
+            if relay.left_at and time.monotonic() - relay.left_at > LAST_WORDS_S:
                 relay.shutdown(socket.SHUT_RDWR)
 
     def upkeep(self) -> None:
         """Checkpoints and leases of what runs, what could not be booked, rows of dead gates."""
         for relay in list(self.running):
-            with relay.lock:
+            with relay.lock, self.ledger.forgiving(relay.row["request_id"]):
                 if relay in self.running:
                     relay.book()
         recover_lost(self.ledger)
 
 
-_sending = threading.local()  # .relay: the stream whose request this thread sends
+_sending = threading.local()  # .relay: whose request this thread sends
 
 
 def _with_known_socket(pool: Any) -> Any:
-    """A urllib3 pool class whose connections tell a stream its socket before the answer begins."""
+    """A urllib3 pool class whose connections tell a relay its socket before the answer begins."""
 
     def getresponse(connection: Any) -> Any:
         if relay := getattr(_sending, "relay", None):
@@ -1032,12 +1057,12 @@ class Upstream:
         self.url, self.settings = url, settings
         self.models: dict[str, JSONObject] = {}  # id: its entry in /v1/models
         self.up = False
-        self.continuous: bool | None = None  # takes continuous_usage_stats; None: not known yet
+        self.continuous: dict[str, bool] = {}  # model: whether it takes continuous_usage_stats
         self._adapter = requests.adapters.HTTPAdapter(1, settings.threads)
         self._adapter.poolmanager.pool_classes_by_scheme = POOLS
         self._pooled_at = 0.0
 
-    def send(self, path: str, body: JSONObject | None, timeout: float, **headers: str) -> Any:
+    def send(self, path: str, body: bytes | None, timeout: float, **headers: str) -> Any:
         """One request by requests' transport alone: no .netrc, proxies, cookies or redirects.
 
         ConnectionRefusedError when nothing listens; 502 or 504. vLLM closes idle connections after
@@ -1047,8 +1072,8 @@ class Upstream:
             self.drop_idle()
         sent = requests.PreparedRequest()
         sent.method, sent.url = "GET" if body is None else "POST", self.url + path
-        sent.body = None if body is None else encoded(body)
-        headers |= {"Accept-Encoding": "identity", "Content-Length": str(len(sent.body or b""))}
+        sent.body = body
+        headers |= {"Accept-Encoding": "identity", "Content-Length": str(len(body or b""))}
         if self.settings.vllm_api_key:
             headers["Authorization"] = f"Bearer {self.settings.vllm_api_key}"
         headers["Content-Type"] = "application/json"
@@ -1071,7 +1096,7 @@ class Upstream:
     def fetch(self, path: str, body: JSONObject | None = None, timeout: float = 2) -> JSONObject:
         """A JSON answer for the gate itself; {} for anything else. ConnectionRefusedError."""
         try:
-            with self.send(path, body, timeout) as answer:
+            with self.send(path, encoded(body) if body else None, timeout) as answer:
                 value = parsed(answer.raw.read(MAX_ANSWER_BYTES))
             return value if answer.ok and isinstance(value, dict) else {}
         except (APIError, HTTPError):
@@ -1082,22 +1107,34 @@ class Upstream:
         try:
             entries = self.fetch("/v1/models").get("data")
         except ConnectionRefusedError:  # the next to come may be another server
-            self.up, self.continuous = False, None
+            self.up, self.continuous = False, {}
             return
         if isinstance(entries, list):
             models = [entry for entry in entries if isinstance(entry, dict)]
             self.models, self.up = {str(entry.get("id")): entry for entry in models}, True
 
-    def count_prompt(self, body: JSONObject) -> int | None:
+    def count_prompt(self, body: JSONObject, endpoint: str) -> int | None:
         """The exact tokens of a prompt, by vLLM's /tokenize; None where it cannot tell."""
-        question = {name: body[name] for name in TEMPLATE_FIELDS if name in body}
-        if "messages" not in body:
-            prompt = body.get("prompt", body.get("input"))
-            if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
-                return len(prompt)
-            question = {"model": body["model"], "prompt": prompt}
-        counted = self.fetch("/tokenize", question, 30).get("count")
-        return counted if type(counted) is int else None
+        if endpoint == "chat/completions":
+            questions = [{name: body[name] for name in TEMPLATE_FIELDS if name in body}]
+        elif "messages" in body or "prompt_embeds" in body:
+            return None  # vLLM may read these instead
+        else:
+            prompts = body.get("prompt" if endpoint == "completions" else "input")
+            if not isinstance(prompts, list) or (prompts and isinstance(prompts[0], int)):
+                prompts = [prompts]
+            questions = [{"model": body["model"], "prompt": prompt} for prompt in prompts]
+        total = 0
+        for question in questions[:MAX_COUNTED_PROMPTS]:
+            tokens = question.get("prompt")
+            counted = len(tokens) if isinstance(tokens, list) else None
+            if counted is None:
+                with in_turn(COUNTING, 5, "overloaded"), suppress(ConnectionRefusedError):
+                    counted = self.fetch("/tokenize", question, 30).get("count")
+            if type(counted) is not int:
+                return None
+            total += counted
+        return total if len(questions) <= MAX_COUNTED_PROMPTS else None
 
 
 class Upstreams:
@@ -1206,13 +1243,17 @@ def has_media(raw: bytes) -> bool:
     )
 
 
-def sharper(claim: Claim, caller: Caller, body: JSONObject, raw: bytes, server: Upstream) -> Claim:
+def sharper(
+    claim: Claim, caller: Caller, body: JSONObject, raw: bytes, endpoint: str, server: Upstream
+) -> Claim:
     """Near the limit, the claim with its prompt counted by vLLM, or guessed by 3 bytes a token."""
-    if claim.total(max(claim.granted(caller.room), 0)) <= caller.room // 16 or has_media(raw):
+    far = claim.total(max(claim.granted(caller.room), 0)) <= caller.room // 16
+    if far or caller.room <= 0 or has_media(raw):
         return claim
-    counted = server.count_prompt(body)
+    counted = server.count_prompt(body, endpoint)
     if counted is None:
-        return replace(claim, prompt=len(raw) // 3 + 1)
+        chat = endpoint == "chat/completions"
+        return replace(claim, prompt=len(raw) // 3 + 1) if chat else claim
     return replace(claim, prompt=counted, prompt_estimate=max(1, counted))
 
 
@@ -1236,8 +1277,9 @@ def ask(relay: Relay, servers: list[Upstream], body: JSONObject) -> requests.Res
     own = {**(body.get("stream_options") or {})}
     own.pop("continuous_usage_stats", None)
     for server in servers:
-        relay.upstream, relay.meter.asked = server, True
-        tries = STREAM_OPTIONS[server.continuous is False :] if relay.stream else ({},)
+        relay.upstream = server
+        known = server.continuous.get(body["model"])
+        tries = STREAM_OPTIONS[known is False :] if relay.stream else ({},)
         for options in tries:
             if options:
                 body["stream_options"] = own | options
@@ -1246,9 +1288,9 @@ def ask(relay: Relay, servers: list[Upstream], body: JSONObject) -> requests.Res
             except ConnectionRefusedError:
                 server.up = relay.meter.asked = False
                 break
-            if answer.status_code != 400 or server.continuous or options is tries[-1]:
+            if answer.status_code != 400 or known or options is tries[-1]:
                 if options and answer.ok:
-                    server.continuous = options is STREAM_OPTIONS[0]
+                    server.continuous[body["model"]] = options is STREAM_OPTIONS[0]
                 return answer
             answer.close()
     raise APIError("upstream_unavailable")
@@ -1256,12 +1298,15 @@ def ask(relay: Relay, servers: list[Upstream], body: JSONObject) -> requests.Res
 
 def send_relay(relay: Relay, server: Upstream, body: JSONObject) -> requests.Response:
     """One try at one server; 400, 502, 504, ConnectionRefusedError."""
-    headers = {"X-Request-Id": relay.row["request_id"]}
+    _sending.relay, headers = relay, {"X-Request-Id": relay.row["request_id"]}
     if relay.stream:  # its connection may be cut, so it must be nobody else's afterwards
-        _sending.relay, headers["Connection"] = relay, "close"
+        headers["Connection"] = "close"
     path, timeout = f"/v1/{relay.row['endpoint']}", server.settings.upstream_timeout
+    data, relay.meter.asked = encoded(body), True
     try:
-        return cast(requests.Response, server.send(path, body, timeout, **headers))
+        return cast(requests.Response, server.send(path, data, timeout, **headers))
+    except APIError as error:
+        raise relay.cut_by or error from None
     finally:
         _sending.relay = None
 
@@ -1500,14 +1545,17 @@ def relay_request(endpoint: str) -> Response:
     if len(watcher.running) >= threads - max(2, min(32, threads // 8)):
         raise APIError("overloaded")  # some threads stay free of relays, for logins and usage
     model = body["model"] = upstreams.resolved(body["model"])
+    if endpoint == "completions" and "max_completion_tokens" not in body:
+        body.setdefault("max_tokens", 16)  # as vLLM and OpenAI do; other servers would go on
     servers = upstreams.route(model, watcher.running)
-    raw, context = request.get_data(), context_of(servers[0].models[model])
-    claim = sharper(claim_of(body, raw, endpoint, context), caller, body, raw, servers[0])
+    raw = request.get_data()
+    context = max(context_of(server.models.get(model, {})) for server in servers)
+    claim = claim_of(body, raw, endpoint, context)
+    claim = sharper(claim, caller, body, raw, endpoint, servers[0])
     row = {"request_id": g.request_id, "model": model, "endpoint": endpoint}
     row["stream"] = int(body.get("stream") is True)
     granted = reserve(gate().ledger, caller, claim, row, gate().settings.max_requests_per_user)
-    meter = Meter(claim, claim.total(granted), body.get("n") or 1, body.get("stream_options") or {})
-    g.relay = relay = Relay(watcher, caller, row, meter)
+    g.relay = relay = Relay(watcher, caller, row, Meter(claim, granted, body, context))
     watcher.running.add(relay)
     try:
         if granted < claim.output:
@@ -1664,7 +1712,11 @@ def create_app(settings: Settings) -> Gate:
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
     app.config["TRUSTED_HOSTS"] = list(settings.allowed_hosts) or None
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
-    db.init_app(app)
+    try:
+        db.init_app(app)
+    except (ImportError, ValueError, sa.exc.ArgumentError):
+        why = "a database's URL; PostgreSQL's also needs: pip install 'psycopg[binary]'"
+        raise SettingsError(f"DATABASE_URL must be {why}") from None
     app.register_blueprint(routes)
     app.register_error_handler(Exception, show_error)
     with app.app_context():
@@ -1790,6 +1842,8 @@ class Server:
             relay.cut_by = APIError("draining")
             relay.shutdown(socket.SHUT_RDWR)
         wait_until(lambda: not running, 5)
+        for relay in list(running):  # its caller does not read, or vLLM is not even reached
+            relay.settle("error")
         wait_until(
             lambda: not any(c.requests or c.total_outbufs_len for c in [*channels.values()]), 2
         )
@@ -1851,7 +1905,10 @@ def cli(context: click.Context) -> None:
     """
     if "--help" in sys.argv:  # help makes no database
         return
-    from_file = {name: value or "" for name, value in dotenv_values(".env").items()}
+    try:
+        from_file = {name: value or "" for name, value in dotenv_values(".env").items()}
+    except UnicodeDecodeError:
+        raise SettingsError(".env must be a text file in UTF-8") from None
     settings = Settings.from_env(from_file | os.environ)
     if context.invoked_subcommand is None:
         serve(settings)
@@ -2001,14 +2058,8 @@ def main() -> None:
     os.umask(0o077)  # database, -wal, -shm, log and secret are the gate's alone
     try:
         cli()
-    except ImportError:
-        click.echo(
-            "llmgate: DATABASE_URL needs its driver: pip install 'psycopg[binary]'", err=True
-        )
-        sys.exit(2)
-    except (SettingsError, APIError, sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        click.echo(f"llmgate: {reason}", err=True)
+    except (SettingsError, APIError, OSError) as error:
+        click.echo(f"llmgate: {error}", err=True)
         sys.exit(2)
 
 

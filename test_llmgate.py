@@ -326,6 +326,9 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             raise Refused(400, "1 validation error: json_invalid", "Bad Request", "body") from None
         if not isinstance(body, dict):
             raise Refused(400, "1 validation error: dict_type", "Bad Request", "body")
+        decoys = {"/v1/completions": ["messages", "input"], "/v1/embeddings": ["prompt"]}
+        for name in decoys.get(self.path, []):  # vLLM reads an endpoint's own fields only
+            body.pop(name, None)
         model = body.get("model") or "ok"
         if model not in BEHAVIOURS:
             words = f"The model `{model}` does not exist. Valid aliases: ok."
@@ -1732,6 +1735,14 @@ def test_guessing_an_unknown_name_is_slowed_down_the_same(gate: Gate) -> None:
     assert known[-1].content == unknown[-1].content
 
 
+def test_endless_names_fill_no_memory(gate: ThreadedGate) -> None:
+    """Of a typed name only as much is remembered as a name can have."""
+    for number in range(3):
+        body = {"username": f"{number}" * 1_000_000, "password": "wrong"}
+        assert_error(call(gate, "POST", "/auth/token", json=body), 401, "invalid_credentials")
+    assert max(map(len, gate.server.app.throttle)) <= 65
+
+
 def test_few_of_fifty_parallel_guesses_are_tried(gate: Gate) -> None:
     """Case 12: tries are counted before they are hashed."""
     user = register(gate)
@@ -2471,6 +2482,67 @@ def test_prompt_that_does_not_fit_is_refused_before_vllm(gate: Gate) -> None:
     assert gate.upstream.asked() == []
 
 
+DECOYS = {
+    "messages": ("completions", {"prompt": "x" * 40000, "messages": [{"role": "user"}]}),
+    "prompt": ("embeddings", {"input": "x" * 40000, "prompt": [1]}),
+    "token lists": ("completions", {"prompt": [[1] * 4000]}),
+    "a list": ("completions", {"prompt": ["x" * 5000, "y" * 9000]}),
+}
+
+
+@pytest.mark.parametrize(("endpoint", "body"), DECOYS.values(), ids=DECOYS)
+def test_no_shape_of_a_prompt_escapes_the_count(
+    gate: Gate, endpoint: str, body: JSONObject
+) -> None:
+    """What vLLM will read is counted, whatever else the body holds."""
+    user = register(gate, token_limit=3000)
+    answer = relay(gate, user.key, endpoint, {"model": "ok", "max_tokens": 1} | body)
+    assert_error(answer, 429, "insufficient_quota")
+    assert gate.upstream.asked() == []
+
+
+def test_completion_without_max_tokens_writes_what_vllm_would(gate: Gate) -> None:
+    """vLLM's default there is 16 tokens, not the rest of the context."""
+    user = register(gate)
+    relay(gate, user.key, "completions", {"model": "ok", "prompt": "Hello"})
+    (asked,) = gate.upstream.asked()
+    assert json.loads(asked.body)["max_tokens"] == 16
+
+
+def test_request_that_was_never_sent_is_free(gate: Gate) -> None:
+    """A number that JSON cannot hold is found before vLLM is asked."""
+    user = register(gate)
+    body = json.dumps(chat_body(temperature=7)).replace("7", "1e999")
+    headers = {"Content-Type": "application/json"}
+    path = "/v1/chat/completions"
+    answer = call(gate, "POST", path, user.key, data=body, headers=headers)
+    assert_error(answer, 400, "invalid_json")
+    assert gate.upstream.asked() == [] and gate.tokens_used(user) == 0
+
+
+def test_true_count_above_the_claim_is_charged(gate: Gate) -> None:
+    """A chat template may add more than the bytes of the JSON; an absurd count is cut."""
+    meter = llmgate.Meter(llmgate.Claim(300, 20, 1, 1), 1, {}, 8192)
+    meter.asked = True
+    for prompt, charged in ((900, 901), (10**30, 8192)):
+        usage = b'{"prompt_tokens":%d,"completion_tokens":1}' % prompt
+        meter.feed(b'data: {"choices":[],"usage":%s}\n\n' % usage)
+        assert meter.counts().total == charged
+
+
+def test_reset_between_an_estimate_and_the_count_is_no_deadlock(gate: ThreadedGate) -> None:
+    """The later count is lower than what the reset has balanced: the books stay right."""
+    user, ledger = register(gate), gate.server.app.ledger
+    (row,) = ledger.query(llmgate.CALLER_BY_ID, value=1)
+    caller, claim = llmgate.Caller(*row), llmgate.Claim(500, 100, 10, 1)
+    usage_row = {"request_id": "r1", "model": "ok", "endpoint": "completions", "stream": 1}
+    llmgate.reserve(ledger, caller, claim, usage_row, 16)
+    llmgate.book(ledger, "r1", "pending", llmgate.Counts(100, 50, estimated=1))
+    llmgate.reset_usage(ledger, caller.id)
+    assert llmgate.book(ledger, "r1", "ok", llmgate.Counts(20, 5)) == 0
+    assert gate.tokens_used(user) == 0
+
+
 def test_raised_limit_counts_at_once(gate: Gate) -> None:
     """The operator's set-limit and reset-usage work while the gate runs."""
     user = register(gate, token_limit=30)
@@ -2740,6 +2812,32 @@ def database_locked(gate: Gate) -> Iterator[subprocess.Popen[bytes]]:
         yield process
         if process.stdin and not process.stdin.closed:
             process.stdin.close()
+
+
+def test_drain_answers_a_plain_request_that_takes_too_long(gate: ThreadedGate) -> None:
+    """Its caller gets 503, and its row is booked."""
+    user = register(gate)
+    gate.expected_5xx = {503}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(chat, gate, user.key, "slow", max_tokens=200)
+        wait_until(lambda: gate.upstream.running() > 0 and len(gate.usage()) == 1)
+        gate.server.drain(0.2)
+        gate.stopped = True
+        assert_error(waiting.result(), 503, "draining")
+    gate.thread.join(5)
+    assert [row.status for row in gate.usage()] == ["error"]
+
+
+def test_vllm_that_is_down_is_502_also_near_the_limit(
+    make_gate: Callable[..., ThreadedGate],
+) -> None:
+    """Where its tokenizer would have been asked first."""
+    with Upstream() as going:
+        gate = make_gate(VLLM_ENDPOINT=going.url)
+        gate.expected_5xx = {502}
+        user = register(gate, token_limit=200)
+        assert call(gate, "GET", "/v1/models", user.key).status_code == 200
+    assert_error(chat(gate, user.key), 502, "upstream_unavailable")
 
 
 def test_chat_waits_for_a_locked_database(gate: Gate) -> None:
