@@ -337,6 +337,7 @@ class Ledger:
         self._turns = threading.Semaphore(1 if self.sqlite else 64)  # 64: as many as connections
         if self.sqlite:
             pragmas = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;"
+            pragmas += "PRAGMA wal_autocheckpoint = 0;"  # see checkpoint()
             sa.event.listen(engine, "connect", lambda made, _: made.executescript(pragmas))
 
     @contextmanager
@@ -356,6 +357,11 @@ class Ledger:
                 execute("BEGIN IMMEDIATE")
             yield execute
             execute("COMMIT")
+
+    def checkpoint(self) -> None:
+        """Moves SQLite's log into its file, where no caller waits: a busy disk may take seconds."""
+        if self.sqlite:
+            self.query("PRAGMA wal_checkpoint(PASSIVE)")
 
     @contextmanager
     def forgiving(self, request_id: str) -> Iterator[None]:
@@ -1022,6 +1028,7 @@ class Watcher(threading.Thread):
                 if relay in self.running:
                     relay.book()
         recover_lost(self.ledger)
+        self.ledger.checkpoint()
 
 
 _sending = threading.local()  # .relay: whose request this thread sends

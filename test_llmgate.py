@@ -2530,13 +2530,36 @@ def test_true_count_above_the_claim_is_charged(gate: Gate) -> None:
         assert meter.counts().total == charged
 
 
+def begin_request(gate: ThreadedGate, request_id: str, claim: llmgate.Claim) -> llmgate.Caller:
+    """Reserve as a relay of the only user does, for tests of the booking alone."""
+    ledger = gate.server.app.ledger
+    (row,) = ledger.query(llmgate.CALLER_BY_ID, value=1)
+    usage_row = {"request_id": request_id, "model": "ok", "endpoint": "completions", "stream": 1}
+    llmgate.reserve(ledger, llmgate.Caller(*row), claim, usage_row, 16)
+    return llmgate.Caller(*row)
+
+
+def test_frozen_gate_that_comes_back_books_the_difference_once(gate: ThreadedGate) -> None:
+    """Its row was closed as lost, and its room may be others' now: the limit holds."""
+    user, ledger = register(gate, token_limit=1000), gate.server.app.ledger
+    begin_request(gate, "frozen", llmgate.Claim(100, 40, 300, 1))
+    llmgate.book(ledger, "frozen", "pending", llmgate.Counts(90, 10))
+    with ledger.transaction() as execute:
+        execute("UPDATE usage SET lease_until = 0")
+    wait_until(lambda: gate.usage(user)[0].status == "lost", 5)
+    assert gate.tokens_used(user) == 100
+    begin_request(gate, "other", llmgate.Claim(700, 700, 1, 1))
+    for _ in range(2):
+        llmgate.book(ledger, "frozen", "ok", llmgate.Counts(90, 300))
+        assert gate.tokens_used(user) == 100 + 199  # all that the other request does not hold
+    llmgate.book(ledger, "other", "ok", llmgate.Counts(700, 1, estimated=1))
+    assert gate.tokens_used(user) == 1000
+
+
 def test_reset_between_an_estimate_and_the_count_is_no_deadlock(gate: ThreadedGate) -> None:
     """The later count is lower than what the reset has balanced: the books stay right."""
     user, ledger = register(gate), gate.server.app.ledger
-    (row,) = ledger.query(llmgate.CALLER_BY_ID, value=1)
-    caller, claim = llmgate.Caller(*row), llmgate.Claim(500, 100, 10, 1)
-    usage_row = {"request_id": "r1", "model": "ok", "endpoint": "completions", "stream": 1}
-    llmgate.reserve(ledger, caller, claim, usage_row, 16)
+    caller = begin_request(gate, "r1", llmgate.Claim(500, 100, 10, 1))
     llmgate.book(ledger, "r1", "pending", llmgate.Counts(100, 50, estimated=1))
     llmgate.reset_usage(ledger, caller.id)
     assert llmgate.book(ledger, "r1", "ok", llmgate.Counts(20, 5)) == 0
