@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import http.client
 import json
 import logging.handlers
 import os
 import re
 import resource
 import secrets
+import select
 import signal
 import socket
+import ssl
 import string
 import sys
 import threading
@@ -35,24 +38,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
-from urllib.parse import quote
+from typing import Any, TextIO, cast
+from urllib.parse import quote, urlsplit
 
 import bcrypt
 import click
 import jwt
-import requests
 import sqlalchemy as sa
-import urllib3
 import waitress.channel
 import waitress.server
 import waitress.task
 from dotenv import dotenv_values
 from flask import Blueprint, Flask, Response, current_app, g, request
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError
 from werkzeug.exceptions import HTTPException, SecurityError
 
 JSONObject = dict[str, Any]
@@ -63,13 +63,10 @@ UPKEEP_S = 2  # between two rounds of checkpoints, leases and recovery
 LAST_WORDS_S = 0.5  # how long vLLM may take to notice that its caller has gone
 DB_TIMEOUT_S = 5  # waiting for the database's write lock
 CONNECT_TIMEOUT_S = 2
-KEEP_ALIVE_S = 2  # vLLM closes a connection that is idle for 5.0 s; older ones are not used again
 MODELS_TTL_S = 10  # age at which a list of models is fetched anew
 MAX_EVENT_BYTES, MAX_ANSWER_BYTES = 4 << 20, 256 << 20
 MAX_BIGINT = 2**63 - 1
 TEMPLATE_TOKENS = 256  # what a chat template may add beyond the bytes of the JSON around it
-MAX_COUNTED_PROMPTS = 64  # calls of /tokenize for one list of prompts
-COUNTING = threading.Semaphore(16)  # calls of /tokenize at a time: they hold threads, and are free
 UNKNOWN_CONTEXT = 131072  # tokens, for a model whose server does not tell
 LOCAL_PORTS = (8001, 11434, 8080, 1234, 30000)  # vLLM, Ollama, llama.cpp, LM Studio, SGLang
 SECRET_FILE = "llmgate.secret"
@@ -107,7 +104,7 @@ class Settings:
     database_url: str = _setting(
         "sqlite:///llmgate.db", DATABASE_URL, "sqlite:///PATH or postgresql+psycopg://USER:..."
     )
-    jwt_secret_key: str = _setting("")  # 32 bytes or more; empty: the file llmgate.secret
+    jwt_secret_key: str = _setting("", "|.{32,}", "32 bytes or more: openssl rand -hex 32")
     jwt_expiration_hours: int = _setting("24", range(1, 87601))
     default_token_limit: int = _setting("1000000", COUNT)
     max_token_limit: int = _setting("100000000", COUNT)
@@ -134,7 +131,7 @@ class Settings:
                 value = int(value) if re.fullmatch("[0-9]{1,19}", value) else -1
                 right, must_be = value in rule, f"a whole number from {rule[0]} to {rule[-1]}"
             elif item.type == "str":
-                right = bool(re.fullmatch(rule, value))
+                right = bool(re.fullmatch(rule, value) and re.fullmatch(TEXT, value))
                 value = value.lower() if rule.startswith("(?i)") else value
             else:
                 value = tuple(part.strip() for part in value.split(",") if part.strip())
@@ -143,25 +140,28 @@ class Settings:
             if not right:
                 raise SettingsError(f"{name} must be {must_be}")
             values[item.name] = value
-        values["vllm_endpoint"] = tuple(re.sub("(/v1)?/*$", "", u) for u in values["vllm_endpoint"])
-        values["model_aliases"] = dict(re.split(r"\s*=\s*", p) for p in values["model_aliases"])
-        engine, _, path = values["database_url"].partition(":///")
-        if engine == "sqlite":  # Flask-SQLAlchemy would look for a relative path elsewhere
-            values["database_url"] = f"sqlite:///{Path(path).absolute()}"
-        local = re.fullmatch(r"localhost|::1|127\..*", values["host"])
-        values["registration"] = values["registration"] or ("open" if local else "closed")
-        if local and not values["allowed_hosts"]:
-            values["allowed_hosts"] = ("localhost", "127.0.0.1", "[::1]", values["host"])
-        settings = cls(**values)
-        if settings.registration == "invite" and not settings.registration_token:
+        return cls(**values)._completed()
+
+    def _completed(self) -> Settings:
+        """The settings with what follows from others; SettingsError where two do not fit."""
+        local = re.fullmatch(r"localhost|::1|127\..*", self.host)
+        engine, _, path = self.database_url.partition(":///")
+        if self.registration == "invite" and not self.registration_token:
             raise SettingsError("REGISTRATION_TOKEN must be set when REGISTRATION is invite")
-        if 0 < len(settings.jwt_secret_key.encode()) < 32:
-            raise SettingsError("JWT_SECRET_KEY must be 32 bytes or more: openssl rand -hex 32")
-        if engine != "sqlite" and not settings.jwt_secret_key:
+        if engine != "sqlite" and not self.jwt_secret_key:
             raise SettingsError("JWT_SECRET_KEY must be set beside PostgreSQL, alike for all gates")
-        if settings.default_token_limit > settings.max_token_limit:
+        if self.default_token_limit > self.max_token_limit:
             raise SettingsError("DEFAULT_TOKEN_LIMIT must be MAX_TOKEN_LIMIT or less")
-        return settings
+        names = ("localhost", "127.0.0.1", "[::1]", self.host) if local else ()
+        return replace(
+            self,
+            vllm_endpoint=tuple(re.sub("(/v1)?/*$", "", url) for url in self.vllm_endpoint),
+            model_aliases=dict(re.split(r"\s*=\s*", pair) for pair in self.model_aliases),
+            # Flask-SQLAlchemy would look for a relative path elsewhere.
+            database_url=f"sqlite:///{Path(path).absolute()}" if path else self.database_url,
+            registration=self.registration or ("open" if local else "closed"),
+            allowed_hosts=self.allowed_hosts or names,
+        )
 
 
 # ---- 2 Errors -------------------------------------------------------------------------------------
@@ -245,75 +245,10 @@ def show_error(error: Exception) -> Response:
 
 
 # ---- 3 Database -----------------------------------------------------------------------------------
-# schema.sql makes the tables. The ORM is for accounts; counters move only in part 5, in short
-# transactions on the driver's own cursor, which costs a tenth.
-
-
-class Base(DeclarativeBase):
-    """The models of the accounts; a test compares them with schema.sql."""
-
-    type_annotation_map: ClassVar[dict[Any, Any]] = {str: sa.Text, int: sa.BigInteger}
-
-
-class User(Base):
-    """A person or agent with a quota."""
-
-    __tablename__ = "users"
-    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
-    username: Mapped[str]
-    password_hash: Mapped[str]
-    token_limit: Mapped[int]
-    tokens_used: Mapped[int] = mapped_column(server_default="0")
-    tokens_reserved: Mapped[int] = mapped_column(server_default="0")
-    jwt_version: Mapped[int] = mapped_column(server_default="1")
-    disabled_at: Mapped[int | None]
-    created_at: Mapped[int]
-    __table_args__ = (
-        *map(sa.CheckConstraint, ("token_limit > 0", "tokens_used >= 0", "tokens_reserved >= 0")),
-        sa.Index("users_username", sa.text("lower(username)"), unique=True),
-    )
-
-
-class ApiKey(Base):
-    """One API key of a user, without the key itself: see Keyring."""
-
-    __tablename__ = "api_keys"
-    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
-    user_id: Mapped[int] = mapped_column(sa.Integer, sa.ForeignKey("users.id"))
-    name: Mapped[str]
-    nonce: Mapped[str]
-    key_hash: Mapped[str] = mapped_column(unique=True)
-    created_at: Mapped[int]
-    last_used_at: Mapped[int | None]
-    revoked_at: Mapped[int | None]
-    __table_args__ = (sa.Index("api_keys_user_id", "user_id"),)
-
+# schema.sql makes the tables. All else is SQL in short transactions on the driver's own cursor: it
+# costs a tenth of an ORM session's, and one way to the database is enough.
 
 db = SQLAlchemy()
-
-
-@contextmanager
-def usable(engine: sa.Engine) -> Iterator[None]:
-    """Turns the driver's errors at a start into one line; SettingsError."""
-    try:
-        yield
-    except (cast(Any, engine.dialect).dbapi.Error, sa.exc.SQLAlchemyError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise SettingsError(f"DATABASE_URL must be a usable database: {reason}") from None
-
-
-def create_tables(engine: sa.Engine) -> None:
-    """Runs schema.sql through the driver: split at ";" it would break on its comments."""
-    ddl = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-    with usable(engine), engine.connect() as connection:
-        driver = cast(Any, connection.connection.driver_connection)
-        if engine.dialect.name == "sqlite":
-            driver.executescript("PRAGMA journal_mode = WAL;" + ddl)
-        else:  # SQLite counts an INTEGER PRIMARY KEY by itself; two gates may start at once
-            counted = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
-            ddl = ddl.replace("INTEGER PRIMARY KEY NOT NULL", counted)
-            driver.execute("SELECT pg_advisory_xact_lock(7435623);" + ddl)
-            driver.commit()
 
 
 @contextmanager
@@ -328,73 +263,82 @@ def in_turn(turns: threading.Semaphore, seconds: float, code: str) -> Iterator[N
 
 
 class Ledger:
-    """Short transactions; on SQLite the writers of this process take turns."""
+    """The database; on SQLite the writers of this process take turns."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self.engine, self.sqlite = engine, engine.dialect.name == "sqlite"
-        self.errors = (cast(Any, engine.dialect).dbapi.Error, sa.exc.SQLAlchemyError)
+        self.driver = cast(Any, engine.dialect).dbapi
+        self.errors = (self.driver.Error, sa.exc.SQLAlchemyError)
         self.for_update = "" if self.sqlite else " FOR UPDATE"
+        self._free: list[Any] = []
         self._turns = threading.Semaphore(1 if self.sqlite else 64)  # 64: as many as connections
         if self.sqlite:
             pragmas = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;"
-            pragmas += "PRAGMA wal_autocheckpoint = 0;"  # see checkpoint()
+            pragmas += (
+                "PRAGMA wal_autocheckpoint = 0;"  # the watcher does it, where no caller waits
+            )
             sa.event.listen(engine, "connect", lambda made, _: made.executescript(pragmas))
 
+    def create_tables(self) -> None:
+        """Runs schema.sql through the driver: split at ";" it would break on its comments."""
+        ddl = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+        try:
+            with closing(self.engine.raw_connection()) as connection:
+                driver = cast(Any, connection.driver_connection)
+                if self.sqlite:
+                    driver.executescript("PRAGMA journal_mode = WAL;" + ddl)
+                else:  # SQLite counts an INTEGER PRIMARY KEY by itself; two gates may start at once
+                    counted = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
+                    ddl = ddl.replace("INTEGER PRIMARY KEY NOT NULL", counted)
+                    driver.execute("SELECT pg_advisory_xact_lock(7435623);" + ddl)
+                    driver.commit()
+        except self.errors as error:
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            raise SettingsError(f"DATABASE_URL must be a usable database: {reason}") from None
+
     @contextmanager
-    def session(self) -> Iterator[Session]:
-        """A transaction for the ORM; what it loaded stays readable afterwards."""
-        turn = in_turn(self._turns, DB_TIMEOUT_S, "database_unavailable")
-        with turn, Session(self.engine, expire_on_commit=False) as session, session.begin():
-            if self.sqlite:  # takes the lock at once: a later upgrade would just fail
-                session.execute(sa.text("BEGIN IMMEDIATE"))
-            yield session
+    def _cursor(self) -> Iterator[Execute]:
+        """A connection for a moment; after an error the pool rolls back, or makes a new one."""
+        try:
+            connection = self._free.pop()
+        except IndexError:
+            connection = self.engine.raw_connection()
+        try:
+            run: Execute = connection.cursor().execute
+            psycopg: Execute = lambda sql, v=None: run(re.sub(r":(\w+)", r"%(\1)s", sql), v)
+            yield run if self.sqlite else psycopg
+        except BaseException:
+            connection.close()
+            raise
+        if self.sqlite:  # SQLAlchemy's checks are worth their time where a network is between
+            self._free.append(connection)
+        else:
+            connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[Execute]:
-        """A write transaction on the driver's cursor: `execute(sql, {name: value})`."""
+        """A write transaction: `execute(sql, {name: value})`. 503 when its turn does not come."""
         with in_turn(self._turns, DB_TIMEOUT_S, "database_unavailable"), self._cursor() as execute:
             if self.sqlite:
-                execute("BEGIN IMMEDIATE")
+                execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
             yield execute
             execute("COMMIT")
 
-    def checkpoint(self) -> None:
-        """Moves SQLite's log into its file, where no caller waits: a busy disk may take seconds."""
-        if self.sqlite:
-            self.query("PRAGMA wal_checkpoint(PASSIVE)")
-
-    @contextmanager
-    def forgiving(self, request_id: str) -> Iterator[None]:
-        """Logs a row that the database will not have as it is, so that others still get booked."""
-        try:
-            yield
-        except (cast(Any, self.engine.dialect).dbapi.IntegrityError, sa.exc.IntegrityError):
-            log.exception("%s cannot be booked", request_id)
+    def close(self) -> None:
+        """Closes what is open; on SQLite the last one to close moves the log into the file."""
+        while self._free:
+            self._free.pop().close()
+        self.engine.dispose()
 
     def query(self, sql: str, **values: object) -> list[Any]:
         """The rows of one SELECT, as tuples."""
         with self._cursor() as execute:
             return cast("list[Any]", execute(sql, values).fetchall())
 
-    @contextmanager
-    def _cursor(self) -> Iterator[Execute]:
-        """A connection for a moment; the pool rolls back what is open at the end."""
-        with closing(self.engine.raw_connection()) as connection:
-            run: Execute = connection.cursor().execute
-            psycopg: Execute = lambda sql, v=None: run(re.sub(r":(\w+)", r"%(\1)s", sql), v)
-            yield run if self.sqlite else psycopg
-
-
-class Gate(Flask):
-    """The application, with what its parts share."""
-
-    settings: Settings
-    ledger: Ledger
-    keyring: Keyring
-    throttle: Throttle
-    upstreams: Upstreams
-    watcher: Watcher
-    draining = False
+    def write(self, sql: str, **values: object) -> list[Any]:
+        """One statement with RETURNING in a transaction of its own; its rows, as tuples."""
+        with self.transaction() as execute:
+            return cast("list[Any]", execute(sql, values).fetchall())
 
 
 def gate() -> Gate:
@@ -423,19 +367,24 @@ class Caller:
     tokens_used: int
     tokens_reserved: int
     jwt_version: int
-    disabled: bool
+    created_at: int
+    disabled_at: int | None
     api_key_id: int | None
-    room: int  # neither used nor reserved when the caller was looked up
-    key_used_at: int  # Unix seconds, to the minute
+    key_used_at: int | None  # Unix seconds, to the minute
 
 
 CALLER = """
-SELECT u.id, username, token_limit, tokens_used, tokens_reserved, jwt_version,
- disabled_at IS NOT NULL, k.id, token_limit - tokens_used - tokens_reserved,
- coalesce(k.last_used_at, 0) FROM users u LEFT JOIN api_keys k """
+SELECT u.id, username, token_limit, tokens_used, tokens_reserved, jwt_version, u.created_at,
+ disabled_at, k.id, k.last_used_at FROM users u LEFT JOIN api_keys k """
 CALLER_BY_KEY = CALLER + "ON k.user_id = u.id WHERE k.key_hash = :value AND k.revoked_at IS NULL"
 CALLER_BY_ID = CALLER + "ON k.id = 0 WHERE u.id = :value"
 CALLER_BY_JWT = CALLER_BY_ID + " AND u.jwt_version = :version"
+LIVE_KEYS = """
+SELECT id, name, created_at, last_used_at, nonce, key_hash FROM api_keys
+ WHERE user_id = :user_id AND revoked_at IS NULL ORDER BY id"""
+INSERT_KEY = """
+INSERT INTO api_keys (user_id, name, nonce, key_hash, created_at)
+ VALUES (:user_id, :name, :nonce, :key_hash, :now) RETURNING id"""
 
 
 def spelled(secret_part: str) -> str:
@@ -461,16 +410,15 @@ class Keyring:
         number = int.from_bytes(hmac.digest(self._api_key_key, nonce.encode(), "sha256"), "big")
         return spelled("".join(BASE62[number // 62**place % 62] for place in reversed(range(43))))
 
-    def shown(self, key: ApiKey) -> str | None:
-        """The key again; None when it was made with another secret."""
-        api_key = self.api_key(key.nonce)
-        return api_key if key_hash(api_key) == key.key_hash else None
+    def new_key(self) -> tuple[str, JSONObject]:
+        """An API key, and its nonce, hash and time as a row has them."""
+        api_key = self.api_key(nonce := secrets.token_hex(32))
+        return api_key, {"nonce": nonce, "key_hash": key_hash(api_key), "now": int(time.time())}
 
-    def renew(self, key: ApiKey) -> ApiKey:
-        """Gives a row, new or old, a new key."""
-        key.nonce, key.created_at, key.last_used_at = secrets.token_hex(32), int(time.time()), None
-        key.key_hash = key_hash(self.api_key(key.nonce))
-        return key
+    def shown(self, nonce: str, stored_hash: str) -> str | None:
+        """The key again; None when it was made with another secret."""
+        api_key = self.api_key(nonce)
+        return api_key if key_hash(api_key) == stored_hash else None
 
     def jwt_answer(self, user_id: int, jwt_version: int) -> JSONObject:
         """RFC 6749's {"access_token", "token_type", "expires_in" (seconds)}."""
@@ -528,62 +476,38 @@ def hash_password(password: object, param: str = "password") -> str:
         return bcrypt.hashpw(encoded, bcrypt.gensalt(BCRYPT_ROUNDS)).decode()
 
 
-def log_in(username: object, password: object) -> User:
-    """The user of a name and password; 401, 403, 429. An unknown name costs the same as a known."""
+def log_in(username: object, password: object) -> tuple[int, int, str]:
+    """id, jwt_version, password_hash; 401, 403, 429. An unknown name costs the same as a known."""
     name, encoded = username.lower()[:65] if isinstance(username, str) else "", utf8(password)
     gate().throttle.admit(name)
-    user = find_user(name)
-    stored = user.password_hash if user else NOBODY
+    sql = "SELECT id, jwt_version, password_hash, disabled_at FROM users WHERE lower(username) = :n"
+    found = gate().ledger.query(sql, n=name) if USERNAME.fullmatch(name) else []
+    user_id, jwt_version, stored, disabled_at = found[0] if found else (0, 0, NOBODY, None)
     with in_turn(HASHING, 20, "overloaded"):
         right = bcrypt.checkpw(encoded[:72], stored.encode()) and len(encoded) <= 72
-    if user is None or not right:
+    if not found or not right:
         raise APIError("invalid_credentials")
     gate().throttle.pop(name, None)
-    if user.disabled_at is not None:
+    if disabled_at is not None:
         raise APIError("account_disabled")
-    return user
+    return user_id, jwt_version, stored
 
 
-def find_user(name: str) -> User | None:
-    """The user of a name in any case; no connection is held afterwards."""
-    if not USERNAME.fullmatch(name):
-        return None
-    with gate().ledger.session() as session:
-        return session.scalar(sa.select(User).where(sa.func.lower(User.username) == name.lower()))
-
-
-def register(username: object, password: object, token_limit: int) -> tuple[User, str]:
-    """A new account and its API key; 400, or 409 `username_taken`."""
+def register(username: object, password: object, token_limit: int) -> tuple[int, str]:
+    """A new account's id and API key; 400, or 409 `username_taken`."""
     if not isinstance(username, str) or not USERNAME.fullmatch(username):
         raise APIError("invalid_value", "username", must_be="3 to 64 of A-Z a-z 0-9 _ . -")
-    key = gate().keyring.renew(ApiKey(name="default"))
-    user = User(username=username, password_hash=hash_password(password), token_limit=token_limit)
-    user.created_at = key.created_at
+    ledger, (api_key, row) = gate().ledger, gate().keyring.new_key()
+    row |= {"username": username, "hash": hash_password(password), "token_limit": token_limit}
+    sql = """INSERT INTO users (username, password_hash, token_limit, created_at)
+ VALUES (:username, :hash, :token_limit, :now) RETURNING id"""
     try:
-        with gate().ledger.session() as session:
-            session.add(user)
-            session.flush()
-            key.user_id = user.id
-            session.add(key)
-    except sa.exc.IntegrityError:
+        with ledger.transaction() as execute:
+            (user_id,) = execute(sql, row).fetchone()
+            execute(INSERT_KEY, row | {"user_id": user_id, "name": "default"})
+    except ledger.driver.IntegrityError:
         raise APIError("username_taken", "username") from None
-    return user, gate().keyring.api_key(key.nonce)
-
-
-def live_keys(session: Session, user_id: int) -> list[ApiKey]:
-    """The keys of a user that work, the one shown by /users/me first."""
-    keys = sa.select(ApiKey).where(ApiKey.user_id == user_id, ApiKey.revoked_at.is_(None))
-    return list(session.scalars(keys.order_by(ApiKey.id)))
-
-
-def set_password(user: User, password_hash: str) -> int:
-    """Stores a hash and ends every older JWT; the new jwt_version. 401 if another was quicker."""
-    with gate().ledger.session() as session:
-        current = session.get_one(User, user.id, with_for_update=True)
-        if current.password_hash != user.password_hash:
-            raise APIError("invalid_credentials")
-        current.password_hash, current.jwt_version = password_hash, current.jwt_version + 1
-        return current.jwt_version
+    return user_id, api_key
 
 
 @contextmanager
@@ -602,7 +526,7 @@ def identified(by_key: bool | None) -> Iterator[None]:
     if not rows:
         raise APIError("invalid_api_key" if by_key else "invalid_token")
     g.caller = Caller(*rows[0])
-    if g.caller.disabled:
+    if g.caller.disabled_at is not None:
         raise APIError("account_disabled")
     yield
 
@@ -660,13 +584,12 @@ class Claim:
         return self.prompt + self.choices * granted
 
 
-RUNNING = """(SELECT count(*) FROM usage
- WHERE user_id = :user_id AND status = 'pending' AND lease_until >= :now)"""
-LOCK_USER = f"""
-SELECT token_limit, tokens_used, tokens_reserved, {RUNNING} FROM users WHERE id = :user_id"""
-RESERVE = f"""
+LOCK_USER = "SELECT token_limit, tokens_used, tokens_reserved FROM users WHERE id = :user_id"
+RESERVE = """
 UPDATE users SET tokens_reserved = tokens_reserved + :reserved WHERE id = :user_id
- AND tokens_used + tokens_reserved + :reserved <= token_limit AND {RUNNING} < :most"""
+ AND tokens_used + tokens_reserved + :reserved <= token_limit
+ AND (SELECT count(*) FROM usage WHERE user_id = :user_id AND status = 'pending'
+ AND lease_until >= :now) < :most"""
 INSERT_ROW = """
 INSERT INTO usage (request_id, user_id, api_key_id, model, endpoint, stream, reserved,
  prompt_estimate, created_at, lease_until) VALUES (:request_id, :user_id, :api_key_id, :model,
@@ -677,31 +600,23 @@ TOUCH_KEY = "UPDATE api_keys SET last_used_at = :now WHERE id = :api_key_id"
 def reserve(ledger: Ledger, caller: Caller, claim: Claim, row: JSONObject, most: int) -> int:
     """Holds the claim and writes the pending row; the output granted to each choice, in tokens.
 
-    The first try trusts the numbers that came with the API key. If they are outdated, the second
-    locks the user and is exact. 429 for the quota, or when `most` relays of the user run already.
+    429 for the quota, or when `most` relays of the user run already.
     """
     now = int(time.time())
     row |= {"user_id": caller.id, "api_key_id": caller.api_key_id, "most": most, "now": now}
     row |= {"prompt_estimate": claim.prompt_estimate, "lease_until": now + LEASE_S}
-
-    def held(granted: int) -> bool:
-        row["reserved"] = claim.total(granted)
-        return granted >= 0 and execute(RESERVE, row).rowcount == 1
-
     with ledger.transaction() as execute:
-        # On PostgreSQL only a statement after the lock sees what others have inserted meanwhile.
-        granted = claim.granted(caller.room) if ledger.sqlite else -1
-        if not held(granted):
-            limit, used, reserved, running = execute(LOCK_USER + ledger.for_update, row).fetchone()
-            granted = claim.granted(limit - used - reserved)
-            if running >= most:
-                raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
-            if not held(granted):
-                needed = claim.total(min(claim.output, 1))
-                code = "quota_reserved" if needed <= limit - used else "insufficient_quota"
-                raise APIError(code, used=used, limit=limit, needed=needed)
+        limit, used, reserved = execute(LOCK_USER + ledger.for_update, row).fetchone()
+        granted = claim.granted(limit - used - reserved)
+        row["reserved"] = claim.total(granted)
+        if granted < 0:
+            needed = claim.total(min(claim.output, 1))
+            code = "quota_reserved" if needed <= limit - used else "insufficient_quota"
+            raise APIError(code, used=used, limit=limit, needed=needed)
+        if execute(RESERVE, row).rowcount != 1:
+            raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
         execute(INSERT_ROW, row)
-        if now - caller.key_used_at >= 60:
+        if now - (caller.key_used_at or 0) >= 60:
             execute(TOUCH_KEY, row)
     return granted
 
@@ -743,20 +658,6 @@ def book(ledger: Ledger, request_id: str, status: str, counts: Counts, **times: 
         execute(UPDATE_ROW, row | {"lease_until": int(time.time()) + LEASE_S})
         execute(MOVE_TOKENS, {"user_id": user_id, "booked": booked, "released": reserved - kept})
     return cast(int, used + booked)
-
-
-LOST_ROWS = """
-SELECT request_id, prompt_estimate, prompt_tokens, completion_tokens, cached_tokens, estimated
- FROM usage WHERE status = 'pending' AND lease_until < :now"""
-
-
-def recover_lost(ledger: Ledger) -> None:
-    """Closes the pending rows of dead gates: their last checkpoint counts, at least the prompt."""
-    for request_id, estimate, *seen in ledger.query(LOST_ROWS, now=int(time.time())):
-        log.warning("%s lost: its gate died", request_id)
-        counts = Counts(*seen) if seen[0] else Counts(estimate, estimated=1)
-        with ledger.forgiving(request_id):
-            book(ledger, request_id, "lost", counts)
 
 
 RESET_ROW = """
@@ -815,18 +716,18 @@ def usage_report(ledger: Ledger, caller: Caller, days: int) -> JSONObject:
 # Which server gets a request, the meter that reads usage in passing, the relay itself, and the
 # watcher. Bytes pass unchanged but for what contract section 3 lists.
 
+# What decides how vLLM renders a conversation.
+TEMPLATE_FIELDS = (
+    "model", "messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt",
+    "continue_final_message", "add_special_tokens", "mm_processor_kwargs",
+)  # fmt: skip
+PROMPT_FIELDS = {"completions": "prompt", "embeddings": "input"}
+COUNTING = threading.Semaphore(16)  # calls of /tokenize at a time: they hold threads, and are free
+
 
 def upstream_error(why: str) -> APIError:
     """502 `upstream_error`: vLLM reset, cut or garbled its answer, or refuses the gate's key."""
     return APIError("upstream_error", why=why)
-
-
-def encoded(body: JSONObject) -> bytes:
-    """JSON for vLLM, with each field once; 400 for what JSON cannot say (1e999)."""
-    try:
-        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-    except (ValueError, RecursionError):
-        raise APIError("invalid_json") from None
 
 
 def parsed(text: bytes | bytearray) -> Any:
@@ -834,6 +735,166 @@ def parsed(text: bytes | bytearray) -> Any:
     with suppress(ValueError, RecursionError):
         return json.loads(text)
     return None
+
+
+ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
+def encoded(body: JSONObject) -> bytes:
+    """JSON for vLLM, with each field once; 400 for what JSON cannot say (1e999)."""
+    try:
+        return ENCODER.encode(body).encode()
+    except (ValueError, RecursionError):
+        raise APIError("invalid_json") from None
+
+
+class Upstream:
+    """One model server: what it serves, what is known of its ways, its idle connections."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self.url, parts = url, urlsplit(url)
+        self.path, self.address = parts.path, (parts.hostname or "", parts.port)
+        self.make: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        if parts.scheme == "https":
+            self.make = partial(http.client.HTTPSConnection, context=ssl.create_default_context())
+        key = settings.vllm_api_key
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.models: dict[str, JSONObject] = {}  # id: its entry in /v1/models
+        self.up = False
+        self.continuous: dict[str, bool] = {}  # model: whether it takes continuous_usage_stats
+        self.idle: list[http.client.HTTPConnection] = []
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A connection that waited here and is still open, or a new one; ConnectionRefusedError."""
+        with suppress(IndexError):
+            while True:
+                connection, poll = self.idle.pop(), select.poll()
+                poll.register(connection.sock, select.POLLIN)
+                if not poll.poll(0):  # nothing to read, so not even its end
+                    return connection
+                connection.close()
+        connection = self.make(*self.address, timeout=CONNECT_TIMEOUT_S)
+        try:
+            connection.connect()
+        except OSError:
+            raise ConnectionRefusedError from None
+        return connection
+
+    def send(
+        self, made: http.client.HTTPConnection, path: str, body: bytes | None, timeout_s: float,
+        **headers: str,
+    ) -> http.client.HTTPResponse:  # fmt: skip
+        """An answer whose body is still to be read; 502, 504."""
+        headers |= {"Content-Type": "application/json", **self.headers}
+        made.sock.settimeout(timeout_s)
+        try:
+            made.request("GET" if body is None else "POST", self.path + path, body, headers)
+            return made.getresponse()
+        except TimeoutError:
+            raise APIError("upstream_timeout") from None
+        except (OSError, http.client.HTTPException):
+            raise upstream_error("it broke the connection off") from None
+
+    def drop_idle(self) -> None:
+        """Closes what waits for a next request: vLLM would do so after 5.0 s."""
+        with suppress(IndexError):
+            while True:
+                self.idle.pop().close()
+
+    def fetch(self, path: str, body: JSONObject | None = None, timeout_s: float = 2) -> JSONObject:
+        """A JSON answer for the gate itself; {} for anything else. ConnectionRefusedError."""
+        broken = (APIError, OSError, http.client.HTTPException)
+        with closing(self.connect()) as made, suppress(*broken):
+            answer = self.send(made, path, encoded(body) if body else None, timeout_s)
+            value = parsed(answer.read(MAX_ANSWER_BYTES))
+            if answer.status == 200 and isinstance(value, dict):
+                return value
+        return {}
+
+    def refresh(self) -> None:
+        """Fetches the list of models; a slow answer leaves the list as it was."""
+        try:
+            entries = self.fetch("/v1/models").get("data")
+        except ConnectionRefusedError:  # the next to come may be another server
+            self.up, self.continuous = False, {}
+            return
+        if isinstance(entries, list):
+            models = [entry for entry in entries if isinstance(entry, dict)]
+            self.models, self.up = {str(entry.get("id")): entry for entry in models}, True
+
+    def count_prompt(self, body: JSONObject, endpoint: str) -> int | None:
+        """The exact tokens of a prompt, by vLLM's /tokenize; None where it cannot tell."""
+        names: tuple[str, ...] = TEMPLATE_FIELDS
+        text: JSONObject = {}
+        if endpoint != "chat/completions":  # where vLLM may read messages, too
+            names, text = ("model",), {"prompt": body.get(PROMPT_FIELDS[endpoint])}
+            if "messages" in body or "prompt_embeds" in body:
+                return None
+        question = {name: body[name] for name in names if name in body} | text
+        with in_turn(COUNTING, 5, "overloaded"), suppress(ConnectionRefusedError):
+            counted = self.fetch("/tokenize", question, 30).get("count")
+            return counted if type(counted) is int else None
+        return None
+
+
+class Upstreams(list[Upstream]):
+    """All model servers: the merged list of models, and which server gets a request."""
+
+    def __init__(self, settings: Settings) -> None:
+        ports = [port for port in LOCAL_PORTS if port != settings.port]
+        urls = settings.vllm_endpoint or [f"http://127.0.0.1:{port}" for port in ports]
+        super().__init__(Upstream(url, settings) for url in urls)
+        self.aliases = settings.model_aliases
+        self._refreshing, self._refreshed_at = threading.Lock(), 0.0
+
+    def refresh(self, age: float = 1) -> None:
+        """Asks all servers for their models, side by side, if the lists are `age` seconds old."""
+        with self._refreshing:
+            if time.monotonic() - self._refreshed_at > age:
+                with ThreadPoolExecutor(len(self)) as pool:
+                    list(pool.map(Upstream.refresh, self))
+                self._refreshed_at = time.monotonic()
+
+    def models(self) -> dict[str, JSONObject]:
+        """{id: entry} of the servers that are up; an old list is refreshed in the background."""
+        if not any(server.up for server in self):
+            self.refresh()
+        elif time.monotonic() - self._refreshed_at > MODELS_TTL_S and not self._refreshing.locked():
+            threading.Thread(target=self.refresh, args=(MODELS_TTL_S,), daemon=True).start()
+        up = [server.models for server in reversed(self) if server.up]
+        return {name: entry for models in up for name, entry in models.items()}
+
+    def resolved(self, model: str) -> str:
+        """The served model that a name or an alias stands for."""
+        return self.aliases.get(model, model) or next(iter(self.models()), model)
+
+    def shown(self) -> dict[str, JSONObject]:
+        """{id or alias: entry} as callers may see it; 502 while no server is up."""
+        if not (models := self.models()):
+            raise APIError("upstream_unavailable")
+        for alias in self.aliases:
+            if (real := self.resolved(alias)) in models:
+                models[alias] = {**models[real], "id": alias}
+        keys = ("id", "object", "created", "owned_by", "max_model_len")  # not root, a path
+        return {name: {k: e[k] for k in keys if k in e} for name, e in models.items()}
+
+    def route(self, model: str, running: set[Relay]) -> list[Upstream]:
+        """The servers of a model, the least busy first; 404 `model_not_found`, or 502."""
+        if model not in self.models():
+            self.refresh()
+        servers = [server for server in self if model in server.models]
+        if not servers:
+            code = "model_not_found" if any(s.up for s in self) else "upstream_unavailable"
+            raise APIError(code, "model", model=model)
+        busy = [relay.upstream for relay in list(running)] if len(servers) > 1 else []
+        return sorted(servers, key=lambda server: (not server.up, busy.count(server)))
+
+
+def context_of(entry: JSONObject) -> int:
+    """Tokens of a model's context: vLLM's max_model_len, llama.cpp's n_ctx, or a guess."""
+    meta = entry.get("meta")
+    known = entry.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else 0)
+    return known if type(known) is int and known > 0 else UNKNOWN_CONTEXT
 
 
 def read_usage(usage: object) -> Counts | None:
@@ -923,7 +984,8 @@ class Relay:
 
     status = "pending"
     upstream: Upstream | None = None
-    sock: socket.socket | None = None  # to vLLM; that of a stream is nobody else's afterwards
+    connection: http.client.HTTPConnection | None = None
+    sock: socket.socket | None = None  # the connection's; that of a stream is never used again
     left_at: float | None = None  # when the caller was seen gone (monotonic)
     cut_by: APIError | None = None  # why the gate itself broke the answer off
     first_byte_ms: int | None = None  # from the request's arrival
@@ -936,16 +998,31 @@ class Relay:
         self.started: float = g.started
         self.gone = request.environ.get("waitress.client_disconnected", bool)
 
-    def pieces(self, answer: requests.Response) -> Iterator[bytes]:
+    def send(
+        self, server: Upstream, body: JSONObject, timeout_s: float
+    ) -> http.client.HTTPResponse:
+        """One try at one server; 400, 502, 504, ConnectionRefusedError."""
+        data, self.upstream, self.connection = encoded(body), server, server.connect()
+        self.sock, self.meter.asked = self.connection.sock, True
+        ids, path = {"X-Request-Id": self.row["request_id"]}, f"/v1/{self.row['endpoint']}"
+        try:
+            return server.send(self.connection, path, data, timeout_s, **ids)
+        except APIError as error:
+            raise self.cut_by or error from None
+
+    def pieces(self, answer: http.client.HTTPResponse) -> Iterator[bytes]:
         """The body's bytes as they arrive; 502 or 504 when it breaks off."""
         try:
-            while piece := answer.raw.read1(65536, decode_content=False):
+            while piece := answer.read1(65536):
                 if self.first_byte_ms is None:
                     self.first_byte_ms = self._ms()
                 yield piece
-        except ReadTimeoutError:
+            if answer.length:  # http.client does not mind
+                raise http.client.IncompleteRead(b"", answer.length)
+            answer.read()  # or the connection could not be used again
+        except TimeoutError:
             raise APIError("upstream_timeout") from None
-        except (HTTPError, OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             raise self.cut_by or upstream_error("its answer broke off") from None
 
     def _ms(self) -> int:
@@ -961,6 +1038,14 @@ class Relay:
         """Shuts the connection to vLLM; a thread that waits for its bytes wakes up."""
         with suppress(OSError, AttributeError):
             cast(socket.socket, self.sock).shutdown(how)
+
+    def release(self) -> None:
+        """Keeps the connection of a plain answer for others; a stream's may yet be cut."""
+        if self.upstream and self.connection:
+            if self.status == "ok" and self.connection.sock and not self.stream:
+                self.upstream.idle.append(self.connection)
+            else:
+                self.connection.close()
 
     def settle(self, status: str) -> None:
         """Ends the request with this status and books it, if it has not ended yet."""
@@ -991,16 +1076,21 @@ class Relay:
             )
 
 
+LOST_ROWS = """
+SELECT request_id, prompt_estimate, prompt_tokens, completion_tokens, cached_tokens, estimated
+ FROM usage WHERE status = 'pending' AND lease_until < :now"""
+
+
 class Watcher(threading.Thread):
     """Looks after the running relays: callers who left, checkpoints, leases, rows of dead gates."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, upstreams: Upstreams) -> None:
         super().__init__(name="watcher", daemon=True)
-        self.ledger, self.stopping = ledger, threading.Event()
+        self.ledger, self.upstreams, self.stopping = ledger, upstreams, threading.Event()
         self.running: set[Relay] = set()
 
     def run(self) -> None:
-        """Until stopping is set: the callers each 0.1 s, the upkeep each 5 s."""
+        """Until stopping is set: the callers each 0.1 s, the upkeep each 2 s."""
         upkeep_at = 0.0
         while not self.stopping.wait(0.1):
             try:
@@ -1023,170 +1113,29 @@ class Watcher(threading.Thread):
 
     def upkeep(self) -> None:
         """Checkpoints and leases of what runs, what could not be booked, rows of dead gates."""
-        for relay in list(self.running):
-            with relay.lock, self.ledger.forgiving(relay.row["request_id"]):
-                if relay in self.running:
-                    relay.book()
-        recover_lost(self.ledger)
-        self.ledger.checkpoint()
+        for upstream in self.upstreams:
+            upstream.drop_idle()
+        lost = self.ledger.query(LOST_ROWS, now=int(time.time()))
+        jobs = [partial(self.checkpoint, relay) for relay in list(self.running)]
+        for job in jobs + [partial(self.recover, *row) for row in lost]:
+            try:
+                job()
+            except self.ledger.driver.IntegrityError:  # so that the others still get booked
+                log.exception("a row cannot be booked")
+        if self.ledger.sqlite:  # here, where no caller waits: a busy disk may take seconds
+            self.ledger.query("PRAGMA wal_checkpoint(PASSIVE)")
 
+    def checkpoint(self, relay: Relay) -> None:
+        """Books what a relay has counted so far, or at its end could not book."""
+        with relay.lock:
+            if relay in self.running:
+                relay.book()
 
-_sending = threading.local()  # .relay: whose request this thread sends
-
-
-def _with_known_socket(pool: Any) -> Any:
-    """A urllib3 pool class whose connections tell a relay its socket before the answer begins."""
-
-    def getresponse(connection: Any) -> Any:
-        if relay := getattr(_sending, "relay", None):
-            relay.sock = connection.sock
-        return pool.ConnectionCls.getresponse(connection)
-
-    connection_class = type("Connection", (pool.ConnectionCls,), {"getresponse": getresponse})
-    return type("Pool", (pool,), {"ConnectionCls": connection_class})
-
-
-POOLS = {
-    "http": _with_known_socket(urllib3.HTTPConnectionPool),
-    "https": _with_known_socket(urllib3.HTTPSConnectionPool),
-}
-# What decides how vLLM renders a conversation.
-TEMPLATE_FIELDS = (
-    "model", "messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt",
-    "continue_final_message", "add_special_tokens", "mm_processor_kwargs",
-)  # fmt: skip
-
-
-class Upstream:
-    """One model server: what it serves, and what is known of its ways."""
-
-    def __init__(self, url: str, settings: Settings) -> None:
-        self.url, self.settings = url, settings
-        self.models: dict[str, JSONObject] = {}  # id: its entry in /v1/models
-        self.up = False
-        self.continuous: dict[str, bool] = {}  # model: whether it takes continuous_usage_stats
-        self._adapter = requests.adapters.HTTPAdapter(1, settings.threads)
-        self._adapter.poolmanager.pool_classes_by_scheme = POOLS
-        self._pooled_at = 0.0
-
-    def send(self, path: str, body: bytes | None, timeout: float, **headers: str) -> Any:
-        """One request by requests' transport alone: no .netrc, proxies, cookies or redirects.
-
-        ConnectionRefusedError when nothing listens; 502 or 504. vLLM closes idle connections after
-        5 s: all that wait are dropped every 2 s, so that no request meets a closing one.
-        """
-        if time.monotonic() - self._pooled_at > KEEP_ALIVE_S:
-            self.drop_idle()
-        sent = requests.PreparedRequest()
-        sent.method, sent.url = "GET" if body is None else "POST", self.url + path
-        sent.body = body
-        headers |= {"Accept-Encoding": "identity", "Content-Length": str(len(body or b""))}
-        if self.settings.vllm_api_key:
-            headers["Authorization"] = f"Bearer {self.settings.vllm_api_key}"
-        headers["Content-Type"] = "application/json"
-        sent.headers = requests.structures.CaseInsensitiveDict(headers)
-        try:
-            return self._adapter.send(sent, stream=True, timeout=(CONNECT_TIMEOUT_S, timeout))
-        except requests.ReadTimeout:
-            raise APIError("upstream_timeout") from None
-        except requests.RequestException as error:
-            reason = getattr(error.args[0] if error.args else None, "reason", None)
-            if isinstance(error, requests.ConnectTimeout) or isinstance(reason, NewConnectionError):
-                raise ConnectionRefusedError from None
-            raise upstream_error("it broke the connection off") from None
-
-    def drop_idle(self) -> None:
-        """Closes the connections that wait for a next request."""
-        self._adapter.close()
-        self._pooled_at = time.monotonic()
-
-    def fetch(self, path: str, body: JSONObject | None = None, timeout: float = 2) -> JSONObject:
-        """A JSON answer for the gate itself; {} for anything else. ConnectionRefusedError."""
-        try:
-            with self.send(path, encoded(body) if body else None, timeout) as answer:
-                value = parsed(answer.raw.read(MAX_ANSWER_BYTES))
-            return value if answer.ok and isinstance(value, dict) else {}
-        except (APIError, HTTPError):
-            return {}
-
-    def refresh(self) -> None:
-        """Fetches the list of models; a slow answer leaves the list as it was."""
-        try:
-            entries = self.fetch("/v1/models").get("data")
-        except ConnectionRefusedError:  # the next to come may be another server
-            self.up, self.continuous = False, {}
-            return
-        if isinstance(entries, list):
-            models = [entry for entry in entries if isinstance(entry, dict)]
-            self.models, self.up = {str(entry.get("id")): entry for entry in models}, True
-
-    def count_prompt(self, body: JSONObject, endpoint: str) -> int | None:
-        """The exact tokens of a prompt, by vLLM's /tokenize; None where it cannot tell."""
-        if endpoint == "chat/completions":
-            questions = [{name: body[name] for name in TEMPLATE_FIELDS if name in body}]
-        elif "messages" in body or "prompt_embeds" in body:
-            return None  # vLLM may read these instead
-        else:
-            prompts = body.get("prompt" if endpoint == "completions" else "input")
-            if not isinstance(prompts, list) or (prompts and isinstance(prompts[0], int)):
-                prompts = [prompts]
-            questions = [{"model": body["model"], "prompt": prompt} for prompt in prompts]
-        total = 0
-        for question in questions[:MAX_COUNTED_PROMPTS]:
-            tokens = question.get("prompt")
-            counted = len(tokens) if isinstance(tokens, list) else None
-            if counted is None:
-                with in_turn(COUNTING, 5, "overloaded"), suppress(ConnectionRefusedError):
-                    counted = self.fetch("/tokenize", question, 30).get("count")
-            if type(counted) is not int:
-                return None
-            total += counted
-        return total if len(questions) <= MAX_COUNTED_PROMPTS else None
-
-
-class Upstreams:
-    """All model servers: the merged list of models, and which server gets a request."""
-
-    def __init__(self, settings: Settings) -> None:
-        ports = [port for port in LOCAL_PORTS if port != settings.port]
-        urls = settings.vllm_endpoint or [f"http://127.0.0.1:{port}" for port in ports]
-        self.servers = [Upstream(url, settings) for url in urls]
-        self.aliases = settings.model_aliases
-        self._refreshing, self._refreshed_at = threading.Lock(), 0.0
-
-    def refresh(self, age: float = 1) -> None:
-        """Asks all servers for their models, side by side, if the lists are `age` seconds old."""
-        with self._refreshing:
-            if time.monotonic() - self._refreshed_at > age:
-                with ThreadPoolExecutor(len(self.servers)) as pool:
-                    list(pool.map(Upstream.refresh, self.servers))
-                self._refreshed_at = time.monotonic()
-
-    def models(self) -> dict[str, JSONObject]:
-        """{id: entry} of the servers that are up; an old list is refreshed in the background."""
-        if not any(server.up for server in self.servers):
-            self.refresh()
-        elif time.monotonic() - self._refreshed_at > MODELS_TTL_S and not self._refreshing.locked():
-            threading.Thread(target=self.refresh, args=(MODELS_TTL_S,), daemon=True).start()
-        up = [server.models for server in reversed(self.servers) if server.up]
-        return {name: entry for models in up for name, entry in models.items()}
-
-    def resolved(self, model: str) -> str:
-        """The served model that a name or an alias stands for."""
-        return self.aliases.get(model, model) or next(iter(self.models()), model)
-
-    def route(self, model: str, running: set[Relay]) -> list[Upstream]:
-        """The servers of a model, the least busy first; 404 `model_not_found`, or 502."""
-        if model not in self.models():
-            self.refresh()
-        servers = [server for server in self.servers if model in server.models]
-        if not servers:
-            up = any(server.up for server in self.servers)
-            raise APIError(
-                "model_not_found" if up else "upstream_unavailable", "model", model=model
-            )
-        busy = [relay.upstream for relay in list(running)] if len(servers) > 1 else []
-        return sorted(servers, key=lambda server: (not server.up, busy.count(server)))
+    def recover(self, request_id: str, prompt_estimate: int, *seen: int) -> None:
+        """Closes a dead gate's row: its last checkpoint counts, at least the prompt."""
+        log.warning("%s lost: its gate died", request_id)
+        counts = Counts(*seen) if seen[0] else Counts(prompt_estimate, estimated=1)
+        book(self.ledger, request_id, "lost", counts)
 
 
 OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens")
@@ -1194,6 +1143,11 @@ REFUSED_FIELDS = (
     "priority", "request_id", "kv_transfer_params", "vllm_xargs", "stream_interval",
     "use_beam_search", "best_of",
 )  # fmt: skip
+READ_FIELDS = (
+    ("model", str, "the name of a model"),
+    ("stream", bool | None, "true or false"),
+    ("stream_options", dict | None, "an object"),
+)
 
 
 def whole_number(body: JSONObject, name: str, least: int, most: int | None = None) -> int | None:
@@ -1203,13 +1157,6 @@ def whole_number(body: JSONObject, name: str, least: int, most: int | None = Non
         must_be = f"a whole number from {least}" + (f" to {most}" if most else " on")
         raise APIError("invalid_value", name, must_be=must_be)
     return value
-
-
-READ_FIELDS = (
-    ("model", str, "the name of a model"),
-    ("stream", bool | None, "true or false"),
-    ("stream_options", dict | None, "an object"),
-)
 
 
 def require_relayable(body: JSONObject) -> None:
@@ -1226,40 +1173,30 @@ def require_relayable(body: JSONObject) -> None:
             raise APIError("invalid_value", "stream_options", must_be=f"{name}: true or false")
 
 
-def claim_of(body: JSONObject, raw: bytes, endpoint: str, context: int) -> Claim:
+def claim_of(
+    body: JSONObject, raw: bytes, endpoint: str, context: int, room: int, server: Upstream
+) -> Claim:
     """The worst case of a request whose JSON is `raw`, a token being a byte or more; 400.
 
-    An image may stand there as a short URL: only the model's context bounds its tokens.
+    Near the limit vLLM counts the prompt, or 3 bytes are guessed to be a token. An image may stand
+    there as a short URL: only the model's context bounds its tokens.
     """
-    prompts, n = body.get("prompt"), whole_number(body, "n", 1, 16) or 1
+    chat, prompts = endpoint == "chat/completions", body.get("prompt")
+    n = whole_number(body, "n", 1, 16) or 1
     listed = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
     several = len(cast("list[object]", prompts)) if listed else 1
-    least = 1 if endpoint == "chat/completions" else 0
-    asked = [whole_number(body, name, least) for name in OUTPUT_FIELDS]
+    asked = [whole_number(body, name, 1 if chat else 0) for name in OUTPUT_FIELDS]
     output = max((number for number in asked if number is not None), default=context)
     output = 0 if endpoint == "embeddings" else min(output, context)
-    prompt = max(len(raw), context if has_media(raw) else 0) + TEMPLATE_TOKENS
-    return Claim(prompt, max(1, len(raw) // 4), output, n * several)
-
-
-def has_media(raw: bytes) -> bool:
-    """Whether a message may hold an image, sound or video (quoted as text it has a backslash)."""
-    return (
-        re.search(rb'"(image|audio|video)_url"|"input_audio"|"image_pil"|\\u00[4-7]', raw)
-        is not None
-    )
-
-
-def sharper(
-    claim: Claim, caller: Caller, body: JSONObject, raw: bytes, endpoint: str, server: Upstream
-) -> Claim:
-    """Near the limit, the claim with its prompt counted by vLLM, or guessed by 3 bytes a token."""
-    far = claim.total(max(claim.granted(caller.room), 0)) <= caller.room // 16
-    if far or caller.room <= 0 or has_media(raw):
+    # Quoted as text such a name would have a backslash.
+    media = re.search(rb'"(image|audio|video)_url"|"input_audio"|"image_pil"|\\u00[4-7]', raw)
+    prompt = max(len(raw), context if media else 0) + TEMPLATE_TOKENS
+    claim = Claim(prompt, max(1, len(raw) // 4), output, n * several)
+    far = claim.total(max(claim.granted(room), 0)) <= room // 16
+    if far or room <= 0 or media:
         return claim
     counted = server.count_prompt(body, endpoint)
     if counted is None:
-        chat = endpoint == "chat/completions"
         return replace(claim, prompt=len(raw) // 3 + 1) if chat else claim
     return replace(claim, prompt=counted, prompt_estimate=max(1, counted))
 
@@ -1276,7 +1213,9 @@ def limit_output(body: JSONObject, granted: int) -> None:
 STREAM_OPTIONS = ({"include_usage": True, "continuous_usage_stats": True}, {"include_usage": True})
 
 
-def ask(relay: Relay, servers: list[Upstream], body: JSONObject) -> requests.Response:
+def ask(
+    relay: Relay, servers: list[Upstream], body: JSONObject, timeout_s: float
+) -> http.client.HTTPResponse:
     """vLLM's answer, its body still to be read; from the next server when one is not there.
 
     A stream is asked to report its usage, and again without the option where that is refused.
@@ -1284,47 +1223,31 @@ def ask(relay: Relay, servers: list[Upstream], body: JSONObject) -> requests.Res
     own = {**(body.get("stream_options") or {})}
     own.pop("continuous_usage_stats", None)
     for server in servers:
-        relay.upstream = server
         known = server.continuous.get(body["model"])
         tries = STREAM_OPTIONS[known is False :] if relay.stream else ({},)
         for options in tries:
             if options:
                 body["stream_options"] = own | options
             try:
-                answer = send_relay(relay, server, body)
+                answer = relay.send(server, body, timeout_s)
             except ConnectionRefusedError:
                 server.up = relay.meter.asked = False
                 break
-            if answer.status_code != 400 or known or options is tries[-1]:
-                if options and answer.ok:
+            if answer.status != 400 or known or options is tries[-1]:
+                if options and answer.status == 200:
                     server.continuous[body["model"]] = options is STREAM_OPTIONS[0]
                 return answer
-            answer.close()
+            relay.release()
     raise APIError("upstream_unavailable")
 
 
-def send_relay(relay: Relay, server: Upstream, body: JSONObject) -> requests.Response:
-    """One try at one server; 400, 502, 504, ConnectionRefusedError."""
-    _sending.relay, headers = relay, {"X-Request-Id": relay.row["request_id"]}
-    if relay.stream:  # its connection may be cut, so it must be nobody else's afterwards
-        headers["Connection"] = "close"
-    path, timeout = f"/v1/{relay.row['endpoint']}", server.settings.upstream_timeout
-    data, relay.meter.asked = encoded(body), True
-    try:
-        return cast(requests.Response, server.send(path, data, timeout, **headers))
-    except APIError as error:
-        raise relay.cut_by or error from None
-    finally:
-        _sending.relay = None
-
-
-def answered(relay: Relay, answer: requests.Response) -> Response:
+def answered(relay: Relay, answer: http.client.HTTPResponse) -> Response:
     """The answer to relay: 200 or vLLM's own 4xx; 502 for all else."""
-    content_type, status = answer.headers.get("Content-Type", ""), answer.status_code
+    content_type, status = answer.getheader("Content-Type", ""), answer.status
     relay.meter.asked = status < 300
     if status in (401, 403):
         raise upstream_error("it refuses the gate's own key, see VLLM_API_KEY")
-    if answer.headers.get("Content-Encoding", "identity") != "identity":
+    if answer.getheader("Content-Encoding", "identity") != "identity":
         raise upstream_error("it compressed its answer though asked not to")
     if status != 200 and not 400 <= status < 500:
         raise upstream_error("it answered with an error of its own")
@@ -1341,10 +1264,11 @@ def answered(relay: Relay, answer: requests.Response) -> Response:
             raise upstream_error("its answer is not a JSON object")
         relay.meter.last = read_usage(value.get("usage"))
     relay.settle("ok" if status == 200 else "error")  # before the caller has it
+    relay.release()
     return Response(bytes(body), status, content_type=content_type)
 
 
-def streamed(relay: Relay, answer: requests.Response) -> Response:
+def streamed(relay: Relay, answer: http.client.HTTPResponse) -> Response:
     """A stream whose events leave as they arrive; booked at its end, or when its caller leaves."""
     relay.stream = True
     headers = {"Content-Type": answer.headers["Content-Type"], "Cache-Control": "no-cache"}
@@ -1359,12 +1283,12 @@ def streamed(relay: Relay, answer: requests.Response) -> Response:
                 for piece in relay.pieces(answer):
                     relay.meter.feed(piece)
             relay.settle("aborted")
-        answer.close()
+        relay.release()
 
     return response
 
 
-def events(relay: Relay, answer: requests.Response) -> Iterator[bytes]:
+def events(relay: Relay, answer: http.client.HTTPResponse) -> Iterator[bytes]:
     """vLLM's events; one error event, and no [DONE], when they break off."""
     meter = relay.meter
     try:
@@ -1383,18 +1307,21 @@ def events(relay: Relay, answer: requests.Response) -> Iterator[bytes]:
 
 
 # ---- 7 Routes -------------------------------------------------------------------------------------
-# One Blueprint: accounts, the OpenAI side, OpenCode, the report. A view reads, calls and returns;
+# One Blueprint: accounts, the OpenAI side, the report, OpenCode. A view reads, calls and returns;
 # what is wrong is raised.
 
 routes = Blueprint("llmgate", __name__)
+
+
+DECODER = json.JSONDecoder(parse_constant=int)  # int() refuses NaN and Infinity: not JSON
 
 
 def read_json() -> JSONObject:
     """The body, a JSON object; 415 for another content type, 400 for anything else."""
     if request.mimetype != "application/json":
         raise APIError("unsupported_media_type")
-    with suppress(ValueError, RecursionError):  # int() refuses NaN and Infinity: they are not JSON
-        body = json.loads(request.get_data().decode(), parse_constant=int)
+    with suppress(ValueError, RecursionError):
+        body = DECODER.decode(request.get_data().decode())
         if isinstance(body, dict):
             return body
     raise APIError("invalid_json")
@@ -1410,8 +1337,8 @@ def auth_register() -> tuple[JSONObject, int]:
         raise APIError("registration_closed")
     limit = whole_number(body, "token_limit", 1) or settings.default_token_limit
     limit = min(limit, settings.max_token_limit)
-    user, api_key = register(body.get("username"), body.get("password"), limit)
-    shown = {"id": user.id, "username": user.username, "token_limit": limit}
+    user_id, api_key = register(body.get("username"), body.get("password"), limit)
+    shown = {"id": user_id, "username": body["username"], "token_limit": limit}
     return {**shown, "tokens_used": 0, "api_key": api_key}, 201
 
 
@@ -1420,8 +1347,8 @@ def auth_token() -> JSONObject:
     """A JWT for a name and a password, by JSON or by form (RFC 6749)."""
     form = request.mimetype == "application/x-www-form-urlencoded"
     body = request.form if form else read_json()
-    user = log_in(body.get("username"), body.get("password"))
-    return gate().keyring.jwt_answer(user.id, user.jwt_version)
+    user_id, jwt_version, _ = log_in(body.get("username"), body.get("password"))
+    return gate().keyring.jwt_answer(user_id, jwt_version)
 
 
 @routes.post("/auth/refresh")
@@ -1436,49 +1363,55 @@ def auth_refresh() -> JSONObject:
 def auth_password() -> JSONObject:
     """A new password; every older JWT of the user stops working."""
     body = read_json()
-    user = log_in(g.caller.username, body.get("old_password"))
-    jwt_version = set_password(user, hash_password(body.get("new_password"), "new_password"))
-    return gate().keyring.jwt_answer(user.id, jwt_version)
+    _, _, old_hash = log_in(g.caller.username, body.get("old_password"))
+    new_hash = hash_password(body.get("new_password"), "new_password")
+    sql = """UPDATE users SET password_hash = :new, jwt_version = jwt_version + 1
+ WHERE id = :id AND password_hash = :old RETURNING jwt_version"""
+    changed = gate().ledger.write(sql, new=new_hash, id=g.caller.id, old=old_hash)
+    if not changed:  # another call was quicker
+        raise APIError("invalid_credentials")
+    return gate().keyring.jwt_answer(g.caller.id, changed[0][0])
 
 
 @routes.get("/users/me")
 @jwt_required
 def users_me() -> JSONObject:
     """The account, with its first live key."""
-    with gate().ledger.session() as session:
-        user, keys = session.get_one(User, g.caller.id), live_keys(session, g.caller.id)
+    keys = gate().ledger.query(LIVE_KEYS, user_id=g.caller.id)
     names = ("id", "username", "token_limit", "tokens_used", "created_at")
-    api_key = gate().keyring.shown(keys[0]) if keys else None
+    api_key = gate().keyring.shown(*keys[0][4:]) if keys else None
     hint = {} if api_key else {"hint": "No key to show; POST /users/me/api-key makes a new one."}
-    return {name: getattr(user, name) for name in names} | {"api_key": api_key} | hint
+    return {name: getattr(g.caller, name) for name in names} | {"api_key": api_key} | hint
 
 
 @routes.post("/users/me/api-key")
 @jwt_required
 def replace_key() -> JSONObject:
     """A new key in the place of the one that /users/me shows: its row, and so its usage, go on."""
-    with gate().ledger.session() as session:
-        session.get_one(User, g.caller.id, with_for_update=True)
-        keys = live_keys(session, g.caller.id) or [ApiKey(user_id=g.caller.id, name="default")]
-        session.add(gate().keyring.renew(keys[0]))
-    return {"api_key": gate().keyring.shown(keys[0])}
-
-
-def shown_key(key: ApiKey, tokens_used: int = 0) -> JSONObject:
-    """One key for its owner; times in Unix seconds."""
-    shown = {name: getattr(key, name) for name in ("id", "name", "created_at", "last_used_at")}
-    return shown | {"tokens_used": int(tokens_used), "api_key": gate().keyring.shown(key)}
+    api_key, row = gate().keyring.new_key()
+    row |= {"user_id": g.caller.id, "name": "default"}
+    with gate().ledger.transaction() as execute:
+        execute(LOCK_USER + gate().ledger.for_update, row)
+        sql = """UPDATE api_keys SET nonce = :nonce, key_hash = :key_hash, created_at = :now,
+ last_used_at = NULL WHERE id = (SELECT min(id) FROM api_keys WHERE user_id = :user_id
+ AND revoked_at IS NULL)"""
+        if execute(sql, row).rowcount == 0:
+            execute(INSERT_KEY, row)
+    return {"api_key": api_key}
 
 
 @routes.get("/users/me/keys")
 @jwt_required
 def list_keys() -> JSONObject:
-    """The keys that work."""
+    """The keys that work; times in Unix seconds."""
     sums = "SELECT api_key_id, sum(prompt_tokens + completion_tokens) FROM usage"
     used = gate().ledger.query(f"{sums} WHERE user_id = :id GROUP BY api_key_id", id=g.caller.id)
-    with gate().ledger.session() as session:
-        keys = live_keys(session, g.caller.id)
-    return {"data": [shown_key(key, dict(used).get(key.id, 0)) for key in keys]}
+    shown, keys = [], gate().ledger.query(LIVE_KEYS, user_id=g.caller.id)
+    for key_id, name, created_at, last_used_at, *key in keys:
+        entry = {"id": key_id, "name": name, "created_at": created_at, "last_used_at": last_used_at}
+        entry["tokens_used"] = int(dict(used).get(key_id, 0))
+        shown.append(entry | {"api_key": gate().keyring.shown(*key)})
+    return {"data": shown}
 
 
 @routes.post("/users/me/keys")
@@ -1488,34 +1421,23 @@ def create_key() -> tuple[JSONObject, int]:
     name = read_json().get("name")
     if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.strip()) <= 64:
         raise APIError("invalid_value", "name", must_be="1 to 64 printable characters")
-    key = gate().keyring.renew(ApiKey(user_id=g.caller.id, name=name.strip()))
-    with gate().ledger.session() as session:
-        session.add(key)
-    return shown_key(key), 201
+    api_key, row = gate().keyring.new_key()
+    name = name.strip()
+    ((key_id,),) = gate().ledger.write(INSERT_KEY, **row, user_id=g.caller.id, name=name)
+    times = {"created_at": row["now"], "last_used_at": None}
+    return {"id": key_id, "name": name, **times, "tokens_used": 0, "api_key": api_key}, 201
 
 
 @routes.delete("/users/me/keys/<int:key_id>")
 @jwt_required
 def revoke_key(key_id: int) -> tuple[str, int]:
     """Ends a key at once; answers that run with it go on."""
-    with gate().ledger.session() as session:
-        keys = {key.id: key for key in live_keys(session, g.caller.id)}
-        if key_id not in keys:
-            raise APIError("key_not_found")
-        keys[key_id].revoked_at = int(time.time())
+    sql = """UPDATE api_keys SET revoked_at = :now
+ WHERE id = :id AND user_id = :user_id AND revoked_at IS NULL RETURNING id"""
+    values = {"now": int(time.time()), "id": min(key_id, MAX_BIGINT), "user_id": g.caller.id}
+    if not gate().ledger.write(sql, **values):
+        raise APIError("key_not_found")
     return "", 204
-
-
-def shown_models() -> dict[str, JSONObject]:
-    """{id or alias: entry} as callers may see it; 502 while no server is up."""
-    upstreams = gate().upstreams
-    if not (models := upstreams.models()):
-        raise APIError("upstream_unavailable")
-    for alias in upstreams.aliases:
-        if (real := upstreams.resolved(alias)) in models:
-            models[alias] = {**models[real], "id": alias}
-    shown = ("id", "object", "created", "owned_by", "max_model_len")  # not root, a path
-    return {name: {k: e[k] for k in shown if k in e} for name, e in models.items()}
 
 
 @routes.get("/v1/models", defaults={"model": None})
@@ -1523,19 +1445,12 @@ def shown_models() -> dict[str, JSONObject]:
 @api_key_required
 def models(model: str | None) -> JSONObject:
     """The models of all servers and the aliases, or one of them."""
-    shown = shown_models()
+    shown = gate().upstreams.shown()
     if model is None:
         return {"object": "list", "data": list(shown.values())}
     if model not in shown:
         raise APIError("model_not_found", "model", model=model)
     return shown[model]
-
-
-def context_of(entry: JSONObject) -> int:
-    """Tokens of a model's context: vLLM's max_model_len, llama.cpp's n_ctx, or a guess."""
-    meta = entry.get("meta")
-    known = entry.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else 0)
-    return known if type(known) is int and known > 0 else UNKNOWN_CONTEXT
 
 
 @routes.post("/v1/chat/completions", defaults={"endpoint": "chat/completions"})
@@ -1544,32 +1459,31 @@ def context_of(entry: JSONObject) -> int:
 @api_key_required
 def relay_request(endpoint: str) -> Response:
     """vLLM's answer, plain or streamed, within the caller's quota."""
-    body, caller, upstreams, watcher = read_json(), g.caller, gate().upstreams, gate().watcher
+    body, caller, settings, watcher = read_json(), g.caller, gate().settings, gate().watcher
     require_relayable(body)
-    threads = gate().settings.threads
     if gate().draining:
         raise APIError("draining")
-    if len(watcher.running) >= threads - max(2, min(32, threads // 8)):
+    if len(watcher.running) >= settings.threads - max(2, min(32, settings.threads // 8)):
         raise APIError("overloaded")  # some threads stay free of relays, for logins and usage
-    model = body["model"] = upstreams.resolved(body["model"])
+    model = body["model"] = gate().upstreams.resolved(body["model"])
     if endpoint == "completions" and "max_completion_tokens" not in body:
         body.setdefault("max_tokens", 16)  # as vLLM and OpenAI do; other servers would go on
-    servers = upstreams.route(model, watcher.running)
-    raw = request.get_data()
+    servers = gate().upstreams.route(model, watcher.running)
     context = max(context_of(server.models.get(model, {})) for server in servers)
-    claim = claim_of(body, raw, endpoint, context)
-    claim = sharper(claim, caller, body, raw, endpoint, servers[0])
+    room = caller.token_limit - caller.tokens_used - caller.tokens_reserved
+    claim = claim_of(body, request.get_data(), endpoint, context, room, servers[0])
     row = {"request_id": g.request_id, "model": model, "endpoint": endpoint}
     row["stream"] = int(body.get("stream") is True)
-    granted = reserve(gate().ledger, caller, claim, row, gate().settings.max_requests_per_user)
+    granted = reserve(gate().ledger, caller, claim, row, settings.max_requests_per_user)
     g.relay = relay = Relay(watcher, caller, row, Meter(claim, granted, body, context))
     watcher.running.add(relay)
     try:
         if granted < claim.output:
             limit_output(body, granted)
-        response = answered(relay, ask(relay, servers, body))
+        response = answered(relay, ask(relay, servers, body, settings.upstream_timeout))
     except BaseException:
         relay.settle("aborted" if relay.left_at else "error")
+        relay.release()
         raise
     left = caller.token_limit - max(relay.tokens_used, caller.tokens_used)
     response.headers["x-ratelimit-limit-tokens"] = str(caller.token_limit)
@@ -1580,7 +1494,7 @@ def relay_request(endpoint: str) -> Response:
 @routes.get("/users/usage")
 @jwt_or_api_key_required
 def users_usage() -> JSONObject | Response:
-    """The report, as JSON or, with Accept: text/plain, drawn (with ?ascii in plain characters)."""
+    """The report, as JSON or, with Accept: text/plain, drawn."""
     days = request.args.get("days", "30")
     if not re.fullmatch(r"[1-9][0-9]{0,2}", days) or int(days) > 366:
         raise APIError("invalid_value", "days", must_be="a whole number from 1 to 366")
@@ -1588,7 +1502,6 @@ def users_usage() -> JSONObject | Response:
     if request.accept_mimetypes.best_match(["application/json", "text/plain"]) != "text/plain":
         return report
     drawn = drawn_usage(g.caller.username, report)
-    drawn = drawn.translate(ASCII) if "ascii" in request.args else drawn
     return Response(drawn, content_type="text/plain; charset=utf-8")
 
 
@@ -1597,9 +1510,6 @@ def health() -> JSONObject:
     """200 once the database answers."""
     gate().ledger.query("SELECT 1")
     return {"status": "ok"}
-
-
-ASCII = str.maketrans("█░", "#.")  # for a terminal that cannot show the blocks of a bar
 
 
 def bar(part: int, whole: int, width: int) -> str:
@@ -1623,16 +1533,16 @@ def drawn_usage(username: str, report: JSONObject) -> str:
     return "\n".join(lines) + "\n"
 
 
-def opencode_config(base_url: str, token_limit: int) -> JSONObject:
+def opencode_config(token_limit: int) -> JSONObject:
     """OpenCode's configuration for this gate; 502 while no server is up."""
     upstreams, models = gate().upstreams, {}
-    for name in shown_models():
+    for name in upstreams.shown():
         real = upstreams.resolved(name)  # as `id`: OpenCode's repairs for some models go by it
         context = context_of(upstreams.models().get(real, {}))
         limit = {"context": context, "output": min(context // 4, 32000, token_limit)}
         models[name] = {"id": real, "name": name, "tool_call": True, "limit": limit}
     default = next((alias for alias in upstreams.aliases if alias in models), next(iter(models)))
-    options = {"baseURL": base_url.rstrip("/") + "/v1", "apiKey": "{env:LLMGATE_API_KEY}"}
+    options = {"baseURL": f"{request.host_url}v1", "apiKey": "{env:LLMGATE_API_KEY}"}
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "llmgate", "options": options}
     config = dict.fromkeys(("model", "small_model"), f"llmgate/{default}")
     config["$schema"] = "https://opencode.ai/config.json"
@@ -1643,7 +1553,7 @@ def opencode_config(base_url: str, token_limit: int) -> JSONObject:
 @api_key_required
 def opencode_json() -> JSONObject:
     """A complete opencode.json for this gate."""
-    return opencode_config(request.host_url, g.caller.token_limit)
+    return opencode_config(g.caller.token_limit)
 
 
 @routes.get("/.well-known/opencode")
@@ -1656,7 +1566,7 @@ def well_known_opencode() -> JSONObject:
     ask = f'if [ -z "$LLMGATE_API_KEY" ]; then {{ {ask}; }} < /dev/tty > /dev/tty; fi'
     login = f'{ask}; printf %s "$LLMGATE_API_KEY"'
     auth = {"command": ["sh", "-c", login], "env": "LLMGATE_API_KEY"}
-    return {"auth": auth, "config": opencode_config(request.host_url, settings.default_token_limit)}
+    return {"auth": auth, "config": opencode_config(settings.default_token_limit)}
 
 
 @routes.before_app_request
@@ -1678,8 +1588,8 @@ def end_request(response: Response) -> Response:
 
 
 # ---- 8 App, server, command line ------------------------------------------------------------------
-# create_app() joins the parts; Server runs them under waitress and ends without losing a row; the
-# operator's commands work beside a running gate.
+# Gate joins the parts; Server runs it under waitress and ends without losing a row; the operator's
+# commands work beside a running gate.
 
 
 def load_secret(settings: Settings, ledger: Ledger) -> str:
@@ -1704,40 +1614,44 @@ def load_secret(settings: Settings, ledger: Ledger) -> str:
     return secret
 
 
-def create_app(settings: Settings) -> Gate:
+class Gate(Flask):
     """The WSGI application; makes the tables and the secret where they are missing."""
-    app = Gate("llmgate", static_folder=None)
-    app.url_map.merge_slashes = False  # or /v1//models would be answered by a redirect
-    cast(Any, app.json).sort_keys = False
-    options: JSONObject = {"hide_parameters": True}  # or an error would log password hashes
-    options |= {"pool_size": 16, "max_overflow": 48, "pool_timeout": DB_TIMEOUT_S}
-    if settings.database_url.startswith("postgresql"):
-        options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": DB_TIMEOUT_S}}
-    else:  # a transaction begins where we say, not where the driver does
-        options["connect_args"] = {"timeout": DB_TIMEOUT_S, "isolation_level": None}
-    app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
-    app.config["TRUSTED_HOSTS"] = list(settings.allowed_hosts) or None
-    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
-    try:
-        db.init_app(app)
-    except (ImportError, ValueError, sa.exc.ArgumentError):
-        why = "a database's URL; PostgreSQL's also needs: pip install 'psycopg[binary]'"
-        raise SettingsError(f"DATABASE_URL must be {why}") from None
-    app.register_blueprint(routes)
-    app.register_error_handler(Exception, show_error)
-    with app.app_context():
-        app.settings, app.ledger = settings, Ledger(db.engine)
-        create_tables(db.engine)
-        app.keyring = Keyring(load_secret(settings, app.ledger), settings.jwt_expiration_hours)
-        app.throttle, app.upstreams = Throttle(), Upstreams(settings)
-        app.watcher = Watcher(app.ledger)
-        with app.ledger.session() as session:
-            key = session.scalar(sa.select(ApiKey).where(ApiKey.revoked_at.is_(None)).limit(1))
-        if key and not app.keyring.shown(key):
+
+    draining = False
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__("llmgate", static_folder=None)
+        self.url_map.merge_slashes = False  # or /v1//models would be answered by a redirect
+        cast(Any, self.json).sort_keys = False
+        options: JSONObject = {"hide_parameters": True}  # or an error would log password hashes
+        if settings.database_url.startswith("postgresql"):
+            options |= {"pool_size": 16, "max_overflow": 48, "pool_timeout": DB_TIMEOUT_S}
+            options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": DB_TIMEOUT_S}}
+        else:  # the ledger keeps connections; a transaction begins where we say
+            connect_args: JSONObject = {"isolation_level": None, "timeout": DB_TIMEOUT_S}
+            connect_args["check_same_thread"] = False
+            options |= {"poolclass": sa.NullPool, "connect_args": connect_args}
+        self.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
+        self.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
+        self.config["TRUSTED_HOSTS"] = list(settings.allowed_hosts) or None
+        self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+        try:
+            db.init_app(self)
+        except (ImportError, ValueError, sa.exc.ArgumentError):
+            why = "a database's URL; PostgreSQL's also needs: pip install 'psycopg[binary]'"
+            raise SettingsError(f"DATABASE_URL must be {why}") from None
+        self.register_blueprint(routes)
+        self.register_error_handler(Exception, show_error)
+        with self.app_context():
+            self.settings, self.ledger = settings, Ledger(db.engine)
+        self.ledger.create_tables()
+        self.keyring = Keyring(load_secret(settings, self.ledger), settings.jwt_expiration_hours)
+        self.throttle, self.upstreams = Throttle(), Upstreams(settings)
+        self.watcher = Watcher(self.ledger, self.upstreams)
+        keys = "SELECT nonce, key_hash FROM api_keys WHERE revoked_at IS NULL LIMIT 1"
+        if any(self.keyring.shown(*key) is None for key in self.ledger.query(keys)):
             log.warning("the secret has changed: stored keys work, but cannot be shown again.")
             log.warning("Do all gates of this database have one JWT_SECRET_KEY?")
-    return app
 
 
 class LineFormatter(logging.Formatter):
@@ -1747,6 +1661,14 @@ class LineFormatter(logging.Formatter):
         """The line; what could begin another one is escaped."""
         line = re.sub(r"(sk-llmgate-|eyJ)[\w.-]+", r"\1...", super().formatMessage(record))
         return line if line.isprintable() else line.encode("unicode_escape").decode()
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """server.log, with five old ones of 10 MB."""
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        """By the file's size alone: the inherited one formats each record a second time."""
+        return cast(TextIO, self.stream).tell() >= self.maxBytes
 
 
 class JSONErrorTask(waitress.task.ErrorTask):
@@ -1776,6 +1698,7 @@ WAITRESS = {
     "max_request_header_size": 65536,
     "outbuf_high_watermark": 1 << 20,  # what a slow reader may leave unread
     "ident": None,
+    "clear_untrusted_proxy_headers": False,  # nobody reads them
 }
 
 
@@ -1786,15 +1709,14 @@ class Server:
         self.settings = settings
         self.handler: logging.Handler = logging.StreamHandler()
         if settings.log_file != "-":
-            rotated = logging.handlers.RotatingFileHandler
             try:
-                self.handler = rotated(settings.log_file, "a", 10 << 20, 5, encoding="utf-8")
+                self.handler = LogFile(settings.log_file, "a", 10 << 20, 5, encoding="utf-8")
             except OSError as error:
                 raise SettingsError(f"LOG_FILE must be writable: {error.strerror}") from None
         self.handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s"))
         log.addHandler(self.handler)
         log.setLevel(logging.INFO)
-        self.app = create_app(settings)
+        self.app = Gate(settings)
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             listening = socket.create_server((settings.host, settings.port), family=family)
@@ -1830,9 +1752,7 @@ class Server:
             watcher.join()
             with suppress(APIError, *watcher.ledger.errors):
                 watcher.upkeep()
-            watcher.ledger.engine.dispose()
-            for upstream in self.app.upstreams.servers:
-                upstream.drop_idle()
+            watcher.ledger.close()
             log.removeHandler(self.handler)
             self.handler.close()
 
@@ -1891,7 +1811,7 @@ def banner(server: Server) -> str:
     """The first lines: where the gate is, what it found, what to type next."""
     settings, upstreams = server.settings, server.app.upstreams
     names = ", ".join(upstreams.models())
-    urls = ", ".join(upstream.url for upstream in upstreams.servers if upstream.up or not names)
+    urls = ", ".join(upstream.url for upstream in upstreams if upstream.up or not names)
     start_one = f"none yet at {urls}\n          start one: vllm serve MODEL --port 8001"
     closed = "closed; make accounts with: python llmgate.py create-user NAME"
     curl = f"""curl {server.url}/auth/register -H 'Content-Type: application/json' \\
@@ -1920,28 +1840,29 @@ def cli(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         serve(settings)
     else:
-        context.with_resource(create_app(settings).app_context())
+        context.with_resource(Gate(settings).app_context())
 
 
 NAME = click.argument("name")
 TOKENS = click.IntRange(1, MAX_BIGINT)
 
 
-def accounts(name: str | None = None) -> list[User]:
+def accounts(name: str | None = None) -> list[Caller]:
     """The account of a name, or all of them; a click error if nobody has the name."""
-    if name is None:
-        with gate().ledger.session() as session:
-            return list(session.scalars(sa.select(User).order_by(User.id)))
-    if (user := find_user(name)) is None:
+    sql = (
+        CALLER
+        + "ON k.id = 0 WHERE lower(username) = coalesce(:name, lower(username)) ORDER BY u.id"
+    )
+    found = [Caller(*row) for row in gate().ledger.query(sql, name=name and name.lower())]
+    if name and not found:
         raise click.ClickException(f"There is no user {name!r}; see: python llmgate.py users")
-    return [user]
+    return found
 
 
-def update_account(name: str, **columns: int | None) -> None:
-    """Sets columns of an account's row."""
-    update = sa.update(User).where(User.id == accounts(name)[0].id).values(columns)
-    with gate().ledger.session() as session:
-        session.execute(update)
+def update_account(name: str, assignments: str, value: object) -> None:
+    """UPDATEs an account's row by these SQL assignments of :value."""
+    sql = f"UPDATE users SET {assignments} WHERE id = :id RETURNING id"
+    gate().ledger.write(sql, value=value, id=accounts(name)[0].id)
 
 
 def asked_password() -> str:
@@ -1954,7 +1875,7 @@ def asked_password() -> str:
 def echo_drawn(text: str) -> None:
     """Prints a text with bars."""
     blocks = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
-    click.echo(text if blocks else text.translate(ASCII))
+    click.echo(text if blocks else text.translate(str.maketrans("█░", "#.")))
 
 
 @cli.command("create-tables")
@@ -1988,8 +1909,7 @@ def users() -> None:
 def usage(name: str | None, days: int) -> None:
     """Draw the usage of one account, or of all."""
     for user in accounts(name):
-        caller = Caller(*gate().ledger.query(CALLER_BY_ID, value=user.id)[0])
-        echo_drawn(drawn_usage(user.username, usage_report(gate().ledger, caller, days)))
+        echo_drawn(drawn_usage(user.username, usage_report(gate().ledger, user, days)))
 
 
 @cli.command()
@@ -1997,7 +1917,7 @@ def usage(name: str | None, days: int) -> None:
 @click.argument("token_limit", type=TOKENS)
 def set_limit(name: str, token_limit: int) -> None:
     """Set the quota of an account, in tokens."""
-    update_account(name, token_limit=token_limit)
+    update_account(name, "token_limit = :value", token_limit)
     click.echo(f"{name} may use {token_limit:,} tokens.")
 
 
@@ -2005,7 +1925,7 @@ def set_limit(name: str, token_limit: int) -> None:
 @NAME
 def disable(name: str) -> None:
     """Refuse an account's keys and logins from now on."""
-    update_account(name, disabled_at=int(time.time()))
+    update_account(name, "disabled_at = :value", int(time.time()))
     click.echo(f"{name} is disabled.")
 
 
@@ -2013,7 +1933,7 @@ def disable(name: str) -> None:
 @NAME
 def enable(name: str) -> None:
     """Let a disabled account in again, with the same keys."""
-    update_account(name, disabled_at=None)
+    update_account(name, "disabled_at = :value", None)
     click.echo(f"{name} is enabled.")
 
 
@@ -2033,7 +1953,9 @@ def reset_usage_command(name: str | None, everyone: bool) -> None:
 @NAME
 def set_password_command(name: str) -> None:
     """Set a password (asked, or on stdin) and end the account's JWTs."""
-    set_password(accounts(name)[0], hash_password(asked_password()))
+    password = accounts(name) and asked_password()
+    assignments = "password_hash = :value, jwt_version = jwt_version + 1"
+    update_account(name, assignments, hash_password(password))
     click.echo(f"{name} has a new password.")
 
 
@@ -2049,15 +1971,6 @@ SELECT username, tokens_used, coalesce(sum(r.prompt_tokens + r.completion_tokens
         click.echo("{}: {} used, rows say {}; {} reserved, rows say {}".format(*row))
     click.echo(f"{len(rows)} accounts differ from their rows.")
     sys.exit(bool(rows))
-
-
-@cli.command("opencode-config")
-@NAME
-@click.option("--url", help="Where callers reach the gate.  [default: from HOST and PORT]")
-def opencode_config_command(name: str, url: str | None) -> None:
-    """Print an account's opencode.json."""
-    base_url = url or f"http://{gate().settings.host}:{gate().settings.port}"
-    click.echo(json.dumps(opencode_config(base_url, accounts(name)[0].token_limit), indent=2))
 
 
 def main() -> None:
