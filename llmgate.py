@@ -79,7 +79,8 @@ log = logging.getLogger("llmgate")
 # variable, and never shows its value: it may be a secret in the wrong place.
 
 TEXT = "[^\ud800-\udfff]*"  # the environment's bytes that are not UTF-8 become such surrogates
-URL = r"https?://(\[.+\]|[^/?#@\s:]+)(:\d{1,5})?(/[^?#\s]*)?"
+PORT = r":([1-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
+URL = rf"https?://(\[.+\]|[^/?#@\s:]+)({PORT})?(/[^?#\s]*)?"
 DATABASE_URL = r"sqlite:///.*[^/].*|postgresql\+psycopg://.+"
 COUNT = range(1, MAX_BIGINT + 1)
 
@@ -113,6 +114,7 @@ class Settings:
     model_aliases: Mapping[str, str] = _setting("llm-user-managed=", "[^=]+=[^=]*", "alias=model")
     log_file: str = _setting("server.log")  # "-": standard error only
     threads: int = _setting("544", range(4, 10001))  # a running relay holds one
+    processes: int = _setting("1", range(1, 65))  # each with THREADS, on one port
     max_requests_per_user: int = _setting("16", COUNT)  # relays at a time
     upstream_timeout: int = _setting("600", range(1, 86401))  # seconds without a byte from vLLM
     max_body_mb: int = _setting("32", range(1, 1025))
@@ -271,6 +273,8 @@ class Ledger:
         self.errors = (self.driver.Error, sa.exc.SQLAlchemyError)
         self.for_update = "" if self.sqlite else " FOR UPDATE"
         self._free: list[Any] = []
+        self.checkpoints = self.sqlite  # one process of several does it
+        self._checked_at = 0  # when the log was last written before a checkpoint (ns)
         self._turns = threading.Semaphore(1 if self.sqlite else 64)  # 64: as many as connections
         if self.sqlite:
             pragmas = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;"
@@ -323,6 +327,18 @@ class Ledger:
                 execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
             yield execute
             execute("COMMIT")
+
+    def checkpoint(self) -> None:
+        """Moves SQLite's log into its file, where no caller waits: a busy disk may take seconds.
+
+        Only a log that has grown: a checkpoint with nothing to do that meets a commit may damage
+        the database, up to SQLite 3.51.2 (sqlite.org/wal.html#walresetbug).
+        """
+        if self.checkpoints:
+            written_at = Path(f"{self.engine.url.database}-wal").stat().st_mtime_ns
+            if written_at != self._checked_at:
+                self._checked_at = written_at
+                self.query("PRAGMA wal_checkpoint(PASSIVE)")
 
     def close(self) -> None:
         """Closes what is open; on SQLite the last one to close moves the log into the file."""
@@ -1122,8 +1138,7 @@ class Watcher(threading.Thread):
                 job()
             except self.ledger.driver.IntegrityError:  # so that the others still get booked
                 log.exception("a row cannot be booked")
-        if self.ledger.sqlite:  # here, where no caller waits: a busy disk may take seconds
-            self.ledger.query("PRAGMA wal_checkpoint(PASSIVE)")
+        self.ledger.checkpoint()
 
     def checkpoint(self, relay: Relay) -> None:
         """Books what a relay has counted so far, or at its end could not book."""
@@ -1702,10 +1717,23 @@ WAITRESS = {
 }
 
 
-class Server:
-    """One gate: bound when it is made, serving in run(), ended by drain() from any thread."""
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket; SettingsError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listening = socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        raise SettingsError(f"HOST and PORT must be free: {error.strerror}") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: gives up a caller who never reads
+        timeout_ms = settings.upstream_timeout * 1000
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+    return listening
 
-    def __init__(self, settings: Settings) -> None:
+
+class Server:
+    """One gate on a bound socket: serving in run(), ended by drain() from any thread."""
+
+    def __init__(self, settings: Settings, listening: socket.socket) -> None:
         self.settings = settings
         self.handler: logging.Handler = logging.StreamHandler()
         if settings.log_file != "-":
@@ -1717,14 +1745,6 @@ class Server:
         log.addHandler(self.handler)
         log.setLevel(logging.INFO)
         self.app = Gate(settings)
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        try:
-            listening = socket.create_server((settings.host, settings.port), family=family)
-        except OSError as error:
-            raise SettingsError(f"HOST and PORT must be free: {error.strerror}") from None
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: gives up a caller who never reads
-            timeout_ms = settings.upstream_timeout * 1000
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         host, port = listening.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         options: JSONObject = {"threads": settings.threads, "sockets": [listening]}
@@ -1789,21 +1809,71 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
+def forked(count: int) -> int:
+    """Returns 1, 2, ... in as many new processes; looks after them here: a dead one is replaced.
+
+    They share what is open, the listening socket, so nothing else may be: no thread, no database.
+    """
+    parent, numbers, signals = os.getpid(), list(range(1, count + 1)), list[int]()
+    running: dict[int, int] = {}  # {process id: number}
+
+    def pass_on(number: int, _: object) -> None:
+        signals.append(number)
+        for pid in running:
+            os.kill(pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGINT, pass_on)
+    while numbers or running:
+        while numbers:
+            if not (pid := os.fork()):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+                return numbers[0]
+            running[pid] = numbers.pop(0)
+        pid, status = os.wait()
+        number, code = running.pop(pid), os.waitstatus_to_exitcode(status)
+        if code == 2 and not signals:  # a setting is wrong
+            pass_on(signal.SIGTERM, None)
+        if not signals:
+            click.echo(f"Process {number} ended ({code}); starting another.", err=True)
+            time.sleep(1)
+            numbers.append(number)
+    sys.exit(code)
+
+
+def end_with(parent: int) -> None:
+    """Ends this process like SIGTERM when its parent is no more."""
+    wait_until(lambda: os.getppid() != parent, float("inf"))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def serve(settings: Settings) -> None:
     """Runs the gate until SIGTERM or Ctrl-C; a second signal stops it at once."""
-    server = Server(settings)
+    listening, number = bind(settings), 1
+    if settings.processes > 1:
+        Gate(settings).ledger.close()  # makes the tables and the secret, while nobody else does
+        number = forked(settings.processes)
+    if number > 1 and settings.log_file != "-":
+        path = Path(settings.log_file)
+        settings = replace(settings, log_file=str(path.with_stem(f"{path.stem}-{number}")))
+    server = Server(settings, listening)
+    server.app.ledger.checkpoints = number == 1
 
     def end(*_: object) -> None:
         if server.app.draining:
             os._exit(1)
-        click.echo("Waiting up to 30 s for running answers; once more to stop now.", err=True)
+        if number == 1:
+            click.echo("Waiting up to 30 s for running answers; once more to stop now.", err=True)
         server.drain()
 
     signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    if settings.processes == 1:  # else Ctrl-C reaches all, and the first of them passes it on
+        signal.signal(signal.SIGINT, end)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # 1024 would be too few for 500 relays
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536), most))
-    click.echo(banner(server))
+    if number == 1:
+        click.echo(banner(server))
     server.run()
 
 

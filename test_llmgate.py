@@ -803,7 +803,7 @@ class ThreadedGate(Gate):
     def __init__(self, env: Mapping[str, str], upstream: Upstream) -> None:
         """Start it; it serves when this returns."""
         settings = llmgate.Settings.from_env(env)
-        self.server = llmgate.Server(settings)
+        self.server = llmgate.Server(settings, llmgate.bind(settings))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         super().__init__(self.server.url, env, Path(env["LOG_FILE"]).parent, upstream)
