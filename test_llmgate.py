@@ -4120,7 +4120,8 @@ def free_port() -> int:
 
 def bench(plan: BenchPlan) -> None:
     """Measure upstream, bare relay and gate in turns; print the medians and their ratios."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `served` ends what runs
+    for ending in (signal.SIGINT, signal.SIGTERM):  # `served` ends what runs
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     upstream_port, port, gate = free_port(), free_port(), [str(HERE / "llmgate.py")]
     url, busy_s, began = f"http://127.0.0.1:{upstream_port}", others_busy_s(), time.monotonic()
     env = {"VLLM_ENDPOINT": url, "PORT": str(port), "MAX_REQUESTS_PER_USER": "1000"}
