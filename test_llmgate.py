@@ -4,6 +4,7 @@
     pytest -q -m soak                               ten minutes of mixed load
     python test_llmgate.py upstream [PORT]          the stand-in alone, for trying llmgate
                                                     without a model (PORT is 8001 if not given)
+    python test_llmgate.py bench                    how fast the gate is; two minutes
 
 `LLMGATE_TEST_POSTGRES_URL` (postgresql+psycopg://user@/db?host=/socketdir) adds the cases that
 need PostgreSQL. Each of them makes a database of its own and drops it.
@@ -13,19 +14,25 @@ After every test the books are read: see `complaints`.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import functools
 import gc
 import gzip
 import hmac
 import http.client
+import importlib.metadata
 import itertools
 import json
+import math
 import os
+import platform
 import random
 import re
 import select
 import selectors
+import signal
 import socket
 import sqlite3
 import stat
@@ -33,6 +40,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -3795,7 +3803,384 @@ def resident_kb(gate: ProcessGate) -> int:
     return int(found[1])
 
 
+# ---------------------------------------------------------------------------------------------
+# The benchmark: the gate beside a bare relay made of the same parts. They take turns behind the
+# same callers and in front of the same upstream, so their ratio is what accounts and quotas cost.
+
+BARE_RELAY = """
+import sys, flask, requests, waitress
+app, session = flask.Flask("bare"), requests.Session()
+session.trust_env = False
+session.mount("http://", requests.adapters.HTTPAdapter(1, 544))
+
+@app.post("/v1/chat/completions")
+def chat():
+    url, body = sys.argv[1] + flask.request.path, flask.request.get_data()
+    answer = session.post(url, body, headers={"Content-Type": "application/json"}, stream=True)
+    kind = answer.headers["Content-Type"]
+    streams = kind.startswith("text/event-stream")
+    said = answer.iter_content(None) if streams else answer.content
+    response = flask.Response(said, answer.status_code, content_type=kind)
+    response.call_on_close(answer.close)
+    return response
+
+waitress.serve(app, host="127.0.0.1", port=int(sys.argv[2]), threads=544, connection_limit=4000)
+"""
+PACE_MS = 20  # between two events of a stream that is held
+RATES = {callers: f"requests/s, {callers} at a time" for callers in (1, 16, 64)}
+ADDED, ADDED_FIRST = "ms added to an answer", "ms added to the first token"
+HELD, CPU = f"streams held, {PACE_MS} ms an event", "CPU seconds for 1,000 requests"
+IDLE_MB, USED_MB = "MB of memory, idle", "MB of memory, after 64 at a time"
+START = "seconds from start to first answer"
+ROWS = dict.fromkeys(RATES.values(), 0)  # and the digits after the point
+ROWS |= {ADDED: 2, ADDED_FIRST: 2, HELD: 0, CPU: 2, IDLE_MB: 0, USED_MB: 0, START: 2}
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """How long to measure what."""
+
+    rounds: int = 3
+    seconds: float = 1.0  # of each measurement
+    ramp_s: float = 0.01  # between the starts of two streams
+    pause_s: float = 0.4  # until a server is at rest
+    rungs: tuple[int, ...] = (25, 50, 100, 150, 200)  # streams at a time
+    most_lag_s: float = 0.02  # of 99 % of the events
+    least: float = 0.97  # of the events that must be there
+
+
+OK_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: "
+CONTENT_LENGTH = re.compile(rb"(?i)\r\ncontent-length: (\d+)")
+ASKS_STREAM = re.compile(rb'(?s)(?=.*pace-(\d+))(?=.*"max_tokens": ?(\d+)).*"stream": ?true')
+
+
+def lean_replies() -> dict[bytes, bytes]:
+    """Return what the lean upstream says at each path."""
+    head = OK_HEAD + b"application/json\r\ncontent-length: %d\r\n\r\n%b"
+    said: dict[bytes, JSONObject] = {
+        b"/v1/chat/completions": Answer(chat_body(), Behaviour(), chat=True).whole(),
+        b"/v1/models": {"data": [{"id": "ok", "max_model_len": MAX_MODEL_LEN}]},
+        b"/tokenize": {"count": 10, "max_model_len": MAX_MODEL_LEN},
+    }
+    return {path: head % (len(dump(value)), dump(value)) for path, value in said.items()}
+
+
+def lean_events(continuous: bool) -> list[bytes]:
+    """Return the opening, a token, the last token, the usage; with places for time and counts."""
+    options = {"include_usage": True, "continuous_usage_stats": continuous}
+    body = chat_body(stream=True, stream_options=options)
+    said = b"".join(event for _, event in Answer(body, Behaviour(most=2), chat=True).events())
+    said = re.sub(rb'(?<="content":")[^"]+', b"%(at)d", said)
+    said = re.sub(rb'(?<="total_tokens":)\d+', b"%(total)d", said)
+    said = re.sub(rb'(?<="completion_tokens":)\d+', b"%(count)d", said)
+    return [event + b"\n\n" for event in said.split(b"\n\n")]
+
+
+async def serve_lean_upstream(port: int) -> None:
+    """Serve what the tests' stand-in says from prepared bytes, with the time in each event."""
+    replies, events = lean_replies(), (lean_events(False), lean_events(True))
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, EOFError), contextlib.closing(writer):
+            while not reader.at_eof():
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = CONTENT_LENGTH.search(head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                if not (asked := ASKS_STREAM.search(body)):
+                    writer.write(replies[head.split(b" ", 2)[1]])
+                    continue
+                close = b"connection: close" in head.lower()
+                writer.write(OK_HEAD + b"text/event-stream\r\ntransfer-encoding: chunked\r\n")
+                writer.write(b"connection: close\r\n" * close + b"\r\n")
+                pace_s, most, due = int(asked[1]) / 1000, int(asked[2]), time.monotonic()
+                for sent in range(most + 2):
+                    if 1 < sent <= most:
+                        due += pace_s
+                        await asyncio.sleep(due - time.monotonic())
+                    if reader.at_eof():  # the caller has left
+                        return
+                    kind = min(sent, 1) + (sent >= most) + (sent > most)
+                    counts = {b"count": min(sent, most), b"total": min(sent, most) + 10}
+                    event = events[b"continuous_usage_stats" in body][kind]
+                    event %= {b"at": time.monotonic_ns(), **counts}
+                    writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+                writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+                if close:
+                    return
+
+    await (await asyncio.start_server(serve, "127.0.0.1", port, backlog=1024)).serve_forever()
+
+
+@dataclass
+class Load:
+    """What the callers of one measurement saw; times in seconds."""
+
+    since: float  # when all have begun, and events count (monotonic)
+    answers: list[float] = field(default_factory=list)
+    first_tokens: list[float] = field(default_factory=list)
+    lags: list[float] = field(default_factory=list)  # of events, behind their writing
+    failures: list[bytes] = field(default_factory=list)
+
+
+class LeanCaller:
+    """A connection that asks again when it has its answer; for a stream only once."""
+
+    PLAIN = re.compile(rb"(?is)HTTP/1.1 200 .*?\ncontent-length: (\d+).*?\r\n\r\n")
+    WRITTEN_AT = re.compile(rb'"content":"(\d+)"')
+
+    def __init__(self, port: int, request: bytes, tokens: int) -> None:
+        """Connect and ask for a stream of so many tokens, or for a plain answer (0)."""
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.request, self.tokens = request, tokens
+        self.ask()
+
+    def ask(self) -> None:
+        """Send the request."""
+        self.seen, self.rest, self.asked_at = 0, b"", time.monotonic()
+        self.socket.send(self.request)
+
+    def read(self, load: Load) -> bool:
+        """Take what has come; return whether there is more to come."""
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            data = self.socket.recv(1 << 18)
+        now = time.monotonic()
+        self.rest += data
+        if self.tokens:
+            events, _, self.rest = self.rest.rpartition(b"\n\n")
+            times = self.WRITTEN_AT.findall(events)
+            if times and not self.seen:
+                load.first_tokens.append(now - self.asked_at)
+            self.seen += len(times)
+            if now >= load.since:
+                load.lags += [now - int(at) / 1e9 for at in times]
+            ended = self.rest.endswith(b"\r\n0\r\n\r\n")
+        else:
+            head = self.PLAIN.match(self.rest)
+            ended = head is not None and len(self.rest) >= head.end() + int(head[1])
+        right = data and (not data.startswith(b"HTTP/") or b" 200 " in data[:16])
+        if not right or (ended and self.seen != self.tokens):
+            load.failures.append(data[:300])
+            return False
+        if ended:
+            load.answers.append(now - self.asked_at)
+            if self.tokens:
+                return False
+            self.ask()
+        return True
+
+
+def drive(
+    port: int, request: bytes, callers: int, seconds: float, tokens: int = 0, ramp_s: float = 0.0
+) -> Load:
+    """Let callers ask for so long, once all have begun; one whose answer is wrong asks no more."""
+    began = time.monotonic()
+    load = Load(since=began + ramp_s * callers * 1.5)
+    connected: dict[int, LeanCaller] = {}
+    with select.epoll() as poll:
+        while (now := time.monotonic()) < load.since + seconds:
+            begun = callers if now >= load.since else int((now - began) / ramp_s) + 1
+            while len(connected) + len(load.failures) < min(callers, begun):
+                caller = LeanCaller(port, request, tokens)
+                connected[caller.socket.fileno()] = caller
+                poll.register(caller.socket, select.EPOLLIN)
+            for number, _ in poll.poll(0.01):
+                if not connected[number].read(load):
+                    connected.pop(number).socket.close()
+    for caller in connected.values():
+        caller.socket.close()
+    return load
+
+
+def bench_request(key: str, pace_ms: int = 0, tokens: int = 0) -> bytes:
+    """Return a chat, streamed if it has tokens."""
+    message = {"role": "user", "content": f"Tell me of the fox and the river. pace-{pace_ms}"}
+    body: JSONObject = {"model": "ok", "messages": [message], "max_tokens": tokens or 20}
+    if tokens:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return raw_chat(key, body)
+
+
+def streams_held(port: int, key: str, rungs: tuple[int, ...], plan: BenchPlan) -> int:
+    """Return the last rung at which 99 % of the events are in time, 97 % there, no stream broken.
+
+    Each is tried twice if need be: other programs may need the same cores.
+    """
+    endless = 5000
+    request = bench_request(key, PACE_MS, endless)
+
+    def holds(rung: int) -> bool:
+        load = drive(port, request, rung, plan.seconds, endless, plan.ramp_s)
+        time.sleep(plan.pause_s)
+        late = sorted(load.lags)[len(load.lags) * 99 // 100 :]
+        there = len(load.lags) >= plan.least * rung * plan.seconds * 1000 / PACE_MS
+        return there and max(late[:1], default=1) < plan.most_lag_s and not load.failures
+
+    return max(itertools.takewhile(lambda rung: holds(rung) or holds(rung), rungs), default=0)
+
+
+def spent(leader: int) -> tuple[float, float]:
+    """Return CPU seconds and MB (PSS) of a process and of those that it has started."""
+    cpu_s = memory_mb = 0.0
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(path.name)) == leader:
+                words = (path / "stat").read_text().rpartition(")")[2].split()
+                cpu_s += (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+                pss = re.search(r"\nPss: +(\d+)", (path / "smaps_rollup").read_text())
+                memory_mb += int(pss[1]) / 1024 if pss else 0
+    return cpu_s, memory_mb
+
+
+def measure(port: int, leader: int, key: str, plan: BenchPlan) -> dict[str, float]:
+    """Measure a server, but for the streams it holds; the times are whole, not yet the added."""
+    time.sleep(plan.pause_s)
+    found = {IDLE_MB: spent(leader)[1]}
+    plain, short = bench_request(key), bench_request(key, 1, 3)
+    drive(port, plain, 8, plan.pause_s)
+    drive(port, short, 4, plan.pause_s, tokens=3)
+    load = drive(port, short, 1, plan.seconds, tokens=3)
+    found[ADDED_FIRST] = statistics.median(load.first_tokens) * 1000
+    for callers, row in RATES.items():
+        before, _ = spent(leader)
+        load = drive(port, plain, callers, plan.seconds)
+        after, found[USED_MB] = spent(leader)
+        assert load.answers and not load.failures, load.failures
+        found[row] = len(load.answers) / plan.seconds
+        if callers == 1:
+            found[ADDED] = statistics.median(load.answers) * 1000
+        if callers == 16:
+            found[CPU] = (after - before) / len(load.answers) * 1000
+    return found
+
+
+@contextlib.contextmanager
+def served(
+    directory: Path, key: str, port: int, arguments: list[str], env: dict[str, str]
+) -> Iterator[tuple[int, float]]:
+    """Run a server; yield its process and the seconds until it answered. It is gone afterwards."""
+    output, began, answer = directory / f"output-{port}", time.monotonic(), b""
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=directory,
+            env=clean_env() | env,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        while not answer.startswith(b"HTTP/1.1 200"):
+            if process.poll() is not None or time.monotonic() - began > 30:
+                sys.exit(f"{arguments[0]} does not serve: {answer!r} {output.read_text()}")
+            time.sleep(0.005)
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as s:
+                s.sendall(bench_request(key))
+                answer = s.recv(65536)
+        yield process.pid, time.monotonic() - began
+    finally:
+        for name in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, name)
+                process.wait(5)
+
+
+def free_port() -> int:
+    """Return a port that nobody has."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def bench(plan: BenchPlan) -> None:
+    """Measure upstream, bare relay and gate in turns; print the medians and their ratios."""
+    for ending in (signal.SIGINT, signal.SIGTERM):  # `served` ends what runs
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
+    upstream_port, port, gate = free_port(), free_port(), [str(HERE / "llmgate.py")]
+    url, busy_s, began = f"http://127.0.0.1:{upstream_port}", others_busy_s(), time.monotonic()
+    env = {"VLLM_ENDPOINT": url, "PORT": str(port), "MAX_REQUESTS_PER_USER": "1000"}
+    relays = {"bare": (["-c", BARE_RELAY, url, str(port)], {}), "gate": (gate, env)}
+    if any(item.name == "processes" for item in fields(llmgate.Settings)):
+        relays["gate, PROCESSES=2"] = (gate, env | {"PROCESSES": "2"})
+    seen: dict[str, list[dict[str, float]]] = {column: [] for column in ("direct", *relays)}
+    upstream = [str(Path(__file__).resolve()), "bench-upstream", str(upstream_port)]
+    account = ["create-user", "bench", "--token-limit", str(10**15)]
+    with tempfile.TemporaryDirectory() as name:
+        key = command(Path(name), env, *account, stdin=PASSWORD).stdout.strip()
+        serve = functools.partial(served, Path(name), key)
+        with serve(upstream_port, upstream, {}) as direct:
+            for turn, column in itertools.product(range(plan.rounds), seen):
+                print(f"round {turn + 1} of {plan.rounds}: {column}", file=sys.stderr)
+                with contextlib.ExitStack() as stack:
+                    (leader, start_s), at, rungs = direct, upstream_port, plan.rungs[-1:]
+                    if column in relays:
+                        leader, start_s = stack.enter_context(serve(port, *relays[column]))
+                        at, rungs = port, plan.rungs
+                    found = measure(at, leader, key, plan) | {START: start_s}
+                    if turn == plan.rounds - 1:
+                        found[HELD] = streams_held(at, key, rungs, plan)
+                seen[column].append(found)
+    print_bench(seen)
+    others = (others_busy_s() - busy_s) / (time.monotonic() - began)
+    print(f"\nOther programs took {others:.2f} of {os.cpu_count()} cores meanwhile.")
+
+
+def others_busy_s() -> float:
+    """Return the CPU seconds of all programs but this one and those it has started and ended."""
+    user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    ticks = int(user) + int(nice) + int(system)
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+def print_bench(seen: dict[str, list[dict[str, float]]]) -> None:
+    """Print a table for the README: the median of each row, the upstream's own time taken off."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    packages = [f"{p} {importlib.metadata.version(p)}" for p in ("flask", "waitress", "requests")]
+    print(os.cpu_count(), "cores,", cpu[1] if cpu else platform.machine(), end=", ")
+    print(f"Python {platform.python_version()}, {', '.join(packages)}\n")
+    ratios = [f"{column} / bare" for column in [*seen][2:]]
+    print("| | " + " | ".join([*seen, *ratios]), "|\n|---" + "|---:" * len([*seen, *ratios]) + "|")
+    for row, digits in ROWS.items():
+        rounds = [[found[row] for found in values if row in found] for values in seen.values()]
+        direct, *relays = map(statistics.median, rounds)
+        if row in (ADDED, ADDED_FIRST):
+            relays = [value - direct for value in relays]
+        cells = [f"{direct:,.0f}" if row in (*RATES.values(), HELD) else ""]
+        cells += [f"{value:,.{digits}f}" for value in relays]
+        cells += [f"{value / (relays[0] or math.nan):.2f}" for value in relays[1:]]
+        print(f"| {row} | {' | '.join(cells)} |")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
+def test_benchmark_fills_its_table(tmp_path: Path) -> None:
+    """`bench --quick` is too short for true numbers, but has all of them, and leaves nothing."""
+    ended = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), "bench", "--quick"],
+        cwd=tmp_path,
+        env=clean_env() | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    table = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines()]
+    ratios = {cells[0]: float(cells[-1]) for cells in table if cells[0] in ROWS}
+    assert list(ratios) == list(ROWS)
+    assert all(map(math.isfinite, ratios.values())), ended.stdout
+    assert os.listdir(tmp_path) == []
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["upstream"]:
-        sys.exit(__doc__)
-    serve_upstream(int(sys.argv[2]) if len(sys.argv) > 2 else 8001)
+    match sys.argv[1:]:
+        case ["upstream"]:
+            serve_upstream(8001)
+        case ["upstream", given_port]:
+            serve_upstream(int(given_port))
+        case ["bench"]:
+            bench(BenchPlan())
+        case ["bench", "--quick"]:
+            bench(BenchPlan(1, 0.2, 0.001, 0.1, (2,), 5.0, 0.0))
+        case ["bench-upstream", given_port]:
+            asyncio.run(serve_lean_upstream(int(given_port)))
+        case _:
+            sys.exit(__doc__)
