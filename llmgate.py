@@ -39,6 +39,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TextIO, cast
 from urllib.parse import quote, urlsplit
@@ -48,6 +49,7 @@ import click
 import jwt
 import sqlalchemy as sa
 import waitress.channel
+import waitress.parser
 import waitress.server
 import waitress.task
 from dotenv import dotenv_values
@@ -1256,6 +1258,10 @@ def ask(
     raise APIError("upstream_unavailable")
 
 
+# What OpenCode takes for a full context window, see part 2.
+MISREAD = re.compile(rb"(?i)token limit exceeded|too many tokens|exceeds the limit of")
+
+
 def answered(relay: Relay, answer: http.client.HTTPResponse) -> Response:
     """The answer to relay: 200 or vLLM's own 4xx; 502 for all else."""
     content_type, status = answer.getheader("Content-Type", ""), answer.status
@@ -1273,6 +1279,8 @@ def answered(relay: Relay, answer: http.client.HTTPResponse) -> Response:
         body += piece
         if len(body) > MAX_ANSWER_BYTES:
             raise upstream_error("its answer has no end")
+    if status == 429 and MISREAD.search(body):
+        raise APIError("rate_limit_exceeded", why="vLLM takes no more requests now")
     if status == 200:
         relay.meter.output_seen, value = len(body) // 4, parsed(body)
         if not isinstance(value, dict):
@@ -1691,19 +1699,33 @@ class JSONErrorTask(waitress.task.ErrorTask):
 
     def execute(self) -> None:
         """Writes the error and closes the connection."""
-        error = self.request.error
-        body = APIError(CODES.get(error.code, "bad_request")).body()
-        self.status, self.content_length = f"{error.code} {error.reason}", len(body)
+        error = APIError(CODES.get(self.request.error.code, "bad_request"))
+        body = error.body()
+        self.status, self.content_length = (
+            f"{error.status} {HTTPStatus(error.status).phrase}",
+            len(body),
+        )
         self.response_headers.append(("Content-Type", "application/json"))
         self.response_headers.append(("X-Request-Id", secrets.token_hex(16)))
         self.set_close_on_finish()
         self.write(body)
 
 
+class Parser(waitress.parser.HTTPRequestParser):
+    """A request; what cannot be its target is refused as waitress refuses all else."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Reads the request's head; waitress lets urlsplit's ValueError end the connection."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError:
+            raise waitress.parser.ParsingError("Bad URI") from None
+
+
 class Channel(waitress.channel.HTTPChannel):
     """A connection whose errors are JSON."""
 
-    error_task_class = JSONErrorTask
+    error_task_class, parser_class = JSONErrorTask, Parser
 
 
 WAITRESS = {
@@ -1742,6 +1764,7 @@ class Server:
             except OSError as error:
                 raise SettingsError(f"LOG_FILE must be writable: {error.strerror}") from None
         self.handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s"))
+        logging.raiseExceptions = False  # or a full disk would bring each line to standard error
         log.addHandler(self.handler)
         log.setLevel(logging.INFO)
         self.app = Gate(settings)
@@ -1774,7 +1797,8 @@ class Server:
                 watcher.upkeep()
             watcher.ledger.close()
             log.removeHandler(self.handler)
-            self.handler.close()
+            with suppress(OSError):  # a full disk
+                self.handler.close()
 
     def drain(self, grace_s: float = 30) -> None:
         """Refuses new relays from now on, breaks off the running ones after `grace_s`, then stops."""
@@ -1818,6 +1842,8 @@ def forked(count: int) -> int:
     running: dict[int, int] = {}  # {process id: number}
 
     def pass_on(number: int, _: object) -> None:
+        if os.getpid() != parent:  # a new process, which has no handler of its own yet
+            sys.exit()
         signals.append(number)
         for pid in running:
             os.kill(pid, signal.SIGTERM)
@@ -1831,6 +1857,8 @@ def forked(count: int) -> int:
                 threading.Thread(target=end_with, args=(parent,), daemon=True).start()
                 return numbers[0]
             running[pid] = numbers.pop(0)
+            if signals:  # it came between these two lines
+                os.kill(pid, signal.SIGTERM)
         pid, status = os.wait()
         number, code = running.pop(pid), os.waitstatus_to_exitcode(status)
         if code == 2 and not signals:  # a setting is wrong

@@ -7,7 +7,8 @@
     python test_llmgate.py bench                    how fast the gate is; two minutes
 
 `LLMGATE_TEST_POSTGRES_URL` (postgresql+psycopg://user@/db?host=/socketdir) adds the cases that
-need PostgreSQL. Each of them makes a database of its own and drops it.
+need PostgreSQL. Each of them makes a database of its own and drops it. One test is skipped
+without `pip install hypothesis`.
 
 After every test the books are read: see `complaints`.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import fcntl
 import functools
 import gc
 import gzip
@@ -30,6 +32,7 @@ import os
 import platform
 import random
 import re
+import resource
 import select
 import selectors
 import signal
@@ -153,6 +156,13 @@ BEHAVIOURS = {
     "garbage": Behaviour(fault="html"),
     "badjson": Behaviour(fault="half a body"),
     "endless": Behaviour(fault="endless line"),
+    "nohttp": Behaviour(fault="no HTTP"),
+    "nobody": Behaviour(fault="empty body"),
+    "cookie": Behaviour(fault="cookie"),
+    "busy": Behaviour(fault="429 Too many requests; the queue is full."),
+    "wordy": Behaviour(
+        fault="429 Token limit exceeded: too many tokens, it exceeds the limit of 9"
+    ),
 }
 
 
@@ -275,6 +285,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             self.route()
         except Refused as refused:
             self.refuse(*refused.args)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            self.refuse(400, "1 validation error: wrong type", "Bad Request", "body")
         except OSError:
             self.exchange.left = True
             self.close_connection = True
@@ -371,6 +383,13 @@ class UpstreamHandler(BaseHTTPRequestHandler):
                 self.reply(200, b"<html>hello</html>", "text/html")
             case "half a body":
                 self.reply(200, b'{"id":"chatcmpl-1","choices":[', "application/json")
+            case "no HTTP":
+                self.wfile.write(b"+OK hello\r\n\r\n")
+                self.close_connection = True
+            case "empty body":
+                self.reply(200, b"", "application/json")
+            case busy if busy.startswith("429 "):
+                self.refuse(429, busy[4:], "RateLimitError", None)
             case "endless line":
                 self.start_stream()
                 while True:
@@ -392,6 +411,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             return
         if answer.behaviour.fault == "gzip":
             self.reply(200, gzip.compress(body), "application/json", "content-encoding: gzip\r\n")
+        elif answer.behaviour.fault == "cookie":
+            self.reply(200, body, "application/json", "set-cookie: session=1; Path=/\r\n")
         else:
             self.reply(200, body, "application/json")
         self.exchange.tokens = answer.prompt + answer.count * answer.choices
@@ -1924,7 +1945,7 @@ def test_vllms_own_400_passes_unchanged(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("model", ["e401", "e500", "garbage", "badjson"])
+@pytest.mark.parametrize("model", ["e401", "e500", "garbage", "badjson", "nohttp", "nobody"])
 def test_faults_of_vllm_are_502_and_free(gate: Gate, model: str, stream: bool) -> None:
     """Case 16: the gate's key is wrong, the engine is dead, or what came is no answer."""
     gate.expected_5xx = {502}
@@ -2777,6 +2798,35 @@ def test_killed_gate_loses_no_row(start_process: Callable[..., ProcessGate]) -> 
 def wait_for_rows(gate: Gate, count: int) -> None:
     """Wait until so many requests were booked as begun."""
     wait_until(lambda: gate.rows("SELECT count(*) FROM usage") >= [(count,)], 10)
+
+
+def workers(gate: ProcessGate) -> set[int]:
+    """Return the process ids of a gate with PROCESSES, without the one that looks after them."""
+    pid = gate.process.pid
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def test_processes_keep_one_quota_and_a_dead_one_is_replaced(
+    start_process: Callable[..., ProcessGate],
+) -> None:
+    """Case 22 over two processes on one port; SIGTERM ends both, and the second kill is for all."""
+    gate = start_process(PROCESSES="2", MAX_REQUESTS_PER_USER="64")
+    user, first = register(gate, token_limit=1000), workers(gate)
+    assert len(first) == 2
+    QuotaRace.run([gate], user).check(gate, user, 1000)
+    logs = [(gate.directory / name).read_text() for name in ("server.log", "server-2.log")]
+    assert all("chat/completions" in text for text in logs)
+    os.kill(min(first), signal.SIGKILL)
+    wait_until(lambda: len(workers(gate) - first) == 1, 5)
+    other = register(gate)
+    wait_until(lambda: workers(gate) and chat(gate, other.key).status_code == 200, 5)
+    second = workers(gate)
+    gate.stop()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in second)
+    gate = start_process(PROCESSES="2")
+    orphans = workers(gate)
+    gate.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans), 10)
 
 
 def test_sigterm_lets_answers_end(start_process: Callable[..., ProcessGate]) -> None:
@@ -3658,7 +3708,402 @@ def test_whole_gate_runs_on_postgresql(
 
 
 # ---------------------------------------------------------------------------------------------
-# G. Everything at once, from a seed: whatever happens in whatever order, the books are right.
+# G. Faults from outside: requests that nobody expects, a disk that is full, a gate that freezes.
+
+
+ROUTES = [
+    ("POST", "/auth/register"), ("POST", "/auth/token"), ("POST", "/auth/refresh"),
+    ("POST", "/auth/password"), ("GET", "/users/me"), ("GET", "/users/usage"),
+    ("POST", "/users/me/api-key"), ("GET", "/users/me/keys"), ("POST", "/users/me/keys"),
+    ("DELETE", "/users/me/keys/2"), ("GET", "/v1/models"), ("GET", "/v1/models/org/tiny"),
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings"),
+    ("GET", "/opencode.json"), ("GET", "/.well-known/opencode"), ("GET", "/health"),
+    ("GET", "/v1/models/%ff%0d%0aFORGED"), ("DELETE", "/users/me/keys/" + "9" * 5000),
+]  # fmt: skip
+USUAL_FIELDS = {
+    "model": '"ok"',
+    "messages": json.dumps([{"role": "user", "content": PROMPT}]),
+    "prompt": '"Hello"',
+    "input": '"Hello"',
+    "username": '"fuzz"',
+    "password": f'"{PASSWORD}"',
+    "name": '"laptop"',
+}
+FIELDS = [
+    *USUAL_FIELDS, "old_password", "new_password", "token_limit", "registration_token", "stream",
+    "stream_options", "max_tokens", "max_completion_tokens", "min_tokens", "n", "best_of", "tools",
+    "priority", "response_format", "chat_template_kwargs", "stop", "seed", "suffix", "user", "echo",
+]  # fmt: skip
+ODD_VALUES = [
+    "null", "true", "[]", "{}", '""', "0", "-1", "1.5", "16", "9223372036854775808", "1e999", "NaN",
+    "9" * 4000, "9" * 5000, '"x\\ud800"', '"\\u0000"', '"\\r\\nFORGED"', '"\xff"', '"\x00"', "[null]",
+    '["a", "b"]', "[" * 900 + "]" * 900, "[" * 99999, '{"a":' * 200 + "1" + "}" * 200, "[[1]]",
+    '{"include_usage": true}', '{"continuous_usage_stats": 1}', '[{"role": 1, "content": []}]',
+]  # fmt: skip
+ODD_METHODS = ["HEAD", "OPTIONS", "PUT", "PATCH", "TRACE", "get", "G%T", "CONNECT"]
+ODD_PATHS = [
+    "/", "*", "//health", "/%00", "/%0d%0aFORGED", "/%e2%80%a8/%1b[2J", "/health/", "/health;x",
+    "http://localhost/health", "http://[/health", "/\xff", "/x" + "y" * 60000, "/v1", "/v1/../health",
+]  # fmt: skip
+ODD_QUERIES = ["?days=7", "?days=" + "9" * 900, "?days=%00", "?ascii&days=366", "?%", "?%ff=%ff"]
+ODD_BODIES = [b"", b"[1]", b"user=%ff&username=\x00", b'3\r\n{"a\r\n0\r\n\r\n', b"\xff\xfe"]
+ODD_HOSTS = ["", "evil.example", "localhost:99999", "[::1", "a b", "\xff", "localhost,evil", "@"]
+ODD_CREDENTIALS = ["Bearer", "Basic eDp5", "Bearer \xff", "Bearer a.b.c", "Bearer sk-llmgate-x", ""]
+ODD_TYPES = ["", "text/plain", "multipart/form-data", "application/x-www-form-urlencoded", "\xff"]
+ODD_LENGTHS = ["-1", "+5", "5, 5", "0x9", "9" * 25, "", "1_0", "\xb2", "5\r\nContent-Length: 6"]
+ODD_CODINGS = ["chunked", "CHUNKED", "identity", "gzip", "chunked, gzip", "\xff"]
+ODD_HEADERS = [
+    "X-Forwarded-For: 1.2.3.4, \xff", "X-Forwarded-Host: evil.example", "X-Forwarded-Proto: x",
+    "Forwarded: for=x;;", "Expect: 100-continue", "Accept: text/plain", "Accept: ;q=\xff,*",
+    "Connection: close", "Upgrade: h2c", "Range: bytes=0-1", "Cookie: \xff=1", "X-Request-Id: a",
+    "Host: second", "Authorization: Bearer second", "No-Colon", ": no name", " folded: x",
+]  # fmt: skip
+ODD_BYTES = [
+    (0, b"\x16\x03"),
+    (9, b"\x00"),
+    (40, b"\r"),
+    (50, b"\n"),
+    (60, b"\xff"),
+]  # put in there
+
+
+def strange_requests(key: str, token: str) -> Any:
+    """A strategy of (method, bytes, whether the framing is right); most are wrong in one place."""
+    from hypothesis import strategies as st
+
+    def mostly(usual: T, odd: list[T], weight: int = 9) -> Any:
+        return st.sampled_from([usual] * (weight * len(odd)) + odd)
+
+    odd_value = st.sampled_from(ODD_VALUES) | st.text(max_size=9).map(json.dumps)
+    pair = st.tuples(st.sampled_from(FIELDS), odd_value)
+
+    @st.composite
+    def one(draw: Callable[[Any], Any]) -> tuple[str, bytes, bool]:
+        method, path = draw(st.sampled_from(ROUTES))
+        right = key if path.startswith(("/v1", "/opencode")) else token
+        pairs = [
+            *USUAL_FIELDS.items(),
+            *draw(st.lists(pair, max_size=3)),
+        ]  # a field may stand twice
+        body = ("{" + ",".join(f'"{name}":{value}' for name, value in pairs) + "}").encode(
+            "latin-1"
+        )
+        body = draw(mostly(body, ODD_BODIES))
+        length, coding = draw(mostly(str(len(body)), ODD_LENGTHS)), draw(mostly("", ODD_CODINGS))
+        at, junk = draw(mostly((0, b""), ODD_BYTES))
+        method, path = draw(mostly(method, ODD_METHODS)), draw(mostly(path, ODD_PATHS))
+        lines = [
+            f"{method} {path}{draw(mostly('', ODD_QUERIES))} HTTP/1.1",
+            f"Host: {draw(mostly('localhost', ODD_HOSTS))}",
+            f"Content-Type: {draw(mostly('application/json', ODD_TYPES))}",
+            f"Authorization: {draw(mostly(f'Bearer {right}', ODD_CREDENTIALS))}",
+            f"Content-Length: {length}",
+            *([f"Transfer-Encoding: {coding}"] if coding else []),
+            *draw(st.lists(st.sampled_from(ODD_HEADERS), max_size=1)),
+        ]
+        sent = "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+        framed = bool(body) and length == str(len(body)) and not coding and not junk
+        return method, sent[:at] + junk + sent[at:], framed
+
+    return one()
+
+
+def ask_strangely(gate: Gate, method: str, request: bytes, framed: bool) -> RawReply | None:
+    """Send any bytes and return the answer; None where the gate waits for the rest or hangs up."""
+    with connected(gate) as connection:
+        connection.settimeout(20 if framed else 0.1)
+        try:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(request)
+            with contextlib.closing(http.client.HTTPResponse(connection, method=method)) as answer:
+                answer.begin()
+                headers = CaseInsensitiveDict(answer.getheaders())
+                return RawReply(answer.status, headers, answer.read())
+        except (http.client.HTTPException, OSError):
+            assert not framed, "no answer"
+            return None
+
+
+def test_no_request_breaks_the_gate(start_process: Callable[..., ProcessGate]) -> None:
+    """Any method, path, header and body: an answer of the contract, one log line, right books."""
+    hypothesis = pytest.importorskip("hypothesis", reason="needs: pip install hypothesis")
+    gate = start_process()
+    talker, account = register(gate, token_limit=100_000_000), register(gate)
+    statuses: Counter[int] = Counter()
+    wrong: dict[str, bytes] = {}  # {what: a short request that shows it}
+
+    @hypothesis.settings(
+        max_examples=500,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(strange_requests(talker.key, login(gate, account)))
+    def ask(strange: tuple[str, bytes, bool]) -> None:
+        method, request, _ = strange
+        status = 0
+        try:
+            reply = ask_strangely(gate, *strange)
+            status = reply.status_code if reply else 0
+            statuses[status] += 1
+            assert status == 0 or 200 <= status < 300 or 400 <= status < 500
+            if reply and status >= 400 and method == "HEAD":
+                assert reply.headers["Content-Type"] == "application/json"
+            elif reply and status >= 400:
+                assert_error(reply, status)
+        except AssertionError as error:
+            what = f"{status}: {str(error)[:300]}"
+            wrong[what] = min(request[:3000], wrong.get(what, request[:3000]), key=len)
+
+    ask()
+    assert not wrong
+    assert call(gate, "GET", "/health").status_code == 200
+    assert {200, 201, 400, 401, 404, 405, 409, 415} <= set(statuses), statuses
+    assert {x.path for x in gate.upstream.asked()} <= {path for _, path in ROUTES}
+    lines = gate.log.read_bytes().split(b"\n")
+    assert len(lines) > 250 and all(line.decode().isprintable() for line in lines)
+    assert not any(line.startswith(b"FORGED") for line in lines)
+
+
+@contextlib.contextmanager
+def disk_full(gate: ProcessGate) -> Iterator[None]:
+    """No file of the gate takes another byte, whoever runs it: each write fails with EFBIG."""
+    before = resource.prlimit(gate.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(gate.process.pid, resource.RLIMIT_FSIZE, (0, before[1]))
+    yield
+    resource.prlimit(gate.process.pid, resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_refuses_what_begins_and_loses_nothing_that_runs(
+    start_process: Callable[..., ProcessGate],
+) -> None:
+    """503 and vLLM sees nothing; running answers reach their callers, and are booked afterwards."""
+    gate = start_process()
+    gate.expected_5xx, gate.may_log_traceback = {503}, True
+    user = register(gate)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        chat(gate, user.key, "slow", stream=True, max_tokens=20) as running,
+    ):
+        plain = pool.submit(chat, gate, user.key, "slow", max_tokens=20)
+        wait_until(lambda: gate.upstream.running() == 2)
+        with disk_full(gate):
+            for _ in range(3):
+                assert_error(chat(gate, user.key), 503)
+            body = {"username": "late", "password": PASSWORD}
+            assert_error(call(gate, "POST", "/auth/register", json=body), 503)
+            assert list(stream_events(running))[-1] == b"data: [DONE]\n\n"
+            assert plain.result().json()["usage"]["completion_tokens"] == 20
+            assert len(gate.upstream.asked()) == 2
+    assert chat(gate, user.key).status_code == 200
+    gate.settle(10)
+    assert [row.status for row in gate.usage(user)] == ["ok"] * 3
+    assert gate.tokens_used(user) == 30 + 30 + 30
+    assert gate.rows("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_log_on_a_full_disk_does_not_stop_the_gate(
+    start_process: Callable[..., ProcessGate],
+) -> None:
+    """LOG_FILE=/dev/full; what the log would have hidden is not shown elsewhere instead."""
+    gate = start_process(LOG_FILE="/dev/full")
+    gate.may_log_traceback = True
+    user = register(gate)
+    assert call(gate, "GET", f"/v1/models/{user.key}", user.key).status_code == 404
+    assert chat(gate, user.key).status_code == 200
+    assert streamed(gate, user.key)[-1] == b"data: [DONE]\n\n"
+    assert call(gate, "GET", "/health").status_code == 200
+    gate.settle()
+    gate.stop()
+    gate.check_output(gate.output, gate.errors)
+
+
+def expire_leases(gate: Gate) -> None:
+    """Make every lease end now, as if the time had passed."""
+    engine = sqlalchemy.create_engine(gate.database_url)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE usage SET lease_until = lease_until - 60"))
+    engine.dispose()
+
+
+def freeze(gate: ProcessGate) -> None:
+    """SIGSTOP, but not while it holds the only write lock of SQLite."""
+    gate.process.send_signal(signal.SIGSTOP)
+    path = gate.database_url.removeprefix("sqlite:///")
+    if path != gate.database_url:
+        with contextlib.closing(sqlite3.connect(path, 0.1, isolation_level=None)) as database:
+            try:
+                database.executescript("BEGIN IMMEDIATE; ROLLBACK")
+            except sqlite3.OperationalError:
+                gate.process.send_signal(signal.SIGCONT)
+                freeze(gate)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def shared_env(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """Settings of gates that share a database; as an argument it comes before `start_process`."""
+    if request.param == "postgresql":
+        return cast(dict[str, str], request.getfixturevalue("postgres_env"))
+    return {"DATABASE_URL": f"sqlite:///{tmp_path / 'both.db'}", "JWT_SECRET_KEY": JWT_SECRET}
+
+
+def test_frozen_gate_that_goes_on_books_nothing_twice(
+    shared_env: dict[str, str], start_process: Callable[..., ProcessGate], tmp_path: Path
+) -> None:
+    """SIGSTOP under load; another gate closes its rows as lost and gives their room away."""
+    one, two = (cast(ProcessGate, gate) for gate in start_two(start_process, shared_env, tmp_path))
+    rich, poor = register(one), register(one, token_limit=400)
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(chat(one, user.key, "slow", stream=True, max_tokens=60))
+            for user in (rich, rich, poor, poor)
+        ]
+        streams = [stream_events(answer) for answer in running]
+        for events in streams:
+            assert all(next(events) for _ in range(4))
+        freeze(one)
+        expire_leases(two)
+        wait_until(lambda: [row.status for row in two.usage()] == ["lost"] * 4, 10)
+        assert two.complaints()[:-1] == []  # the last one: vLLM still answers
+        answers = iter(lambda: chat(two, poor.key, max_tokens=20), None)
+        refused = next(answer for answer in answers if answer.status_code != 200)
+        assert_error(refused, 429, "insufficient_quota")
+        wait_until(lambda: not two.upstream.running(), 20)
+        one.process.send_signal(signal.SIGCONT)
+        assert [list(events)[-1] for events in streams] == [b"data: [DONE]\n\n"] * 4
+    two.settle(10)
+    assert two.tokens_used(poor) <= 400
+    late = [two.row(answer) for answer in running]
+    assert [row.total for row in late[:2]] == [70, 70]
+    assert all(row.total <= 70 for row in late)
+
+
+def test_cookies_of_vllm_do_not_come_back_to_it(gate: Gate) -> None:
+    """Nor to another user's request, nor to the caller."""
+    for user in [register(gate), register(gate)] * 2:
+        assert "Set-Cookie" not in chat(gate, user.key, "cookie").headers
+    assert len(gate.upstream.asked()) == 4
+    assert not [x for x in gate.upstream.exchanges if "Cookie" in x.headers]
+
+
+@pytest.mark.parametrize("model", ["busy", "wordy"])
+def test_vllms_own_429_passes_without_the_words_that_opencode_misreads(
+    gate: Gate, model: str
+) -> None:
+    """Its text reaches the caller, but never makes OpenCode start a compaction."""
+    user = register(gate)
+    plain = chat(gate, user.key, model)
+    with chat(gate, user.key, model, stream=True) as stream:
+        answers = {plain.content, stream.content}
+    assert (plain.status_code, stream.status_code) == (429, 429)
+    gate.settle()
+    assert gate.tokens_used(user) == 0
+    for answer in answers:
+        assert not any(words in answer.decode().lower() for words in MISREAD_BY_OPENCODE), answer
+        assert json.loads(answer)["error"]["message"]
+    assert model == "wordy" or answers == {gate.upstream.asked()[0].answer()}
+
+
+def test_caller_who_never_reads_is_given_up(start_process: Callable[..., ProcessGate]) -> None:
+    """Megabytes for sockets that nobody reads: others are served, vLLM and the places are freed."""
+    gate = start_process(UPSTREAM_TIMEOUT="2")
+    gate.may_log_traceback = True
+    user, other = register(gate, token_limit=100_000_000), register(gate)
+    messages = [{"role": "user", "content": "x" * 30_000}]
+    request = raw_chat(user.key, chat_body("echo", stream=True, n=16, messages=messages))
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            connection = stack.enter_context(contextlib.closing(socket.socket()))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(gate.address)
+            connection.sendall(request)
+        wait_until(lambda: len(gate.usage(user)) == 3)
+        began = time.monotonic()
+        assert chat(gate, other.key).status_code == 200
+        assert time.monotonic() - began < 2
+        wait_until(lambda: {row.status for row in gate.usage(user)} == {"aborted"}, 20)
+    wait_until(lambda: not gate.upstream.running() and gate.reserved() == 0)
+    counted = gate.upstream.tokens()  # what the gate had not read yet may be missing
+    assert all(7500 < row.total <= counted[row.request_id] for row in gate.usage(user))
+    assert gate.tokens_used(user) == sum(row.total for row in gate.usage(user))
+    gate.stop()
+    gate.check_output(gate.output, gate.errors)
+
+
+def test_mistyped_key_is_refused_without_the_database(
+    start_process: Callable[..., ProcessGate],
+) -> None:
+    """Its checksum tells; with a right key the same call waits for the database, which is shut."""
+    gate = start_process()
+    gate.may_log_traceback = True
+    user = register(gate)
+    with (gate.directory / "llmgate.db-shm").open("r+b") as shared:
+        fcntl.lockf(shared, fcntl.LOCK_EX, 8, 120)  # all of SQLite's WAL locks, also the readers'
+        with pytest.raises(requests.ReadTimeout):
+            call(gate, "GET", "/v1/models", user.key, timeout=1)
+        for key in (user.key[:-1], user.key + "0", user.key.replace("-llmgate-", "-llmgate-0")):
+            assert_error(call(gate, "GET", "/v1/models", key, timeout=1), 401, "invalid_api_key")
+    assert call(gate, "GET", "/v1/models", user.key).status_code == 200
+
+
+def test_many_logins_do_not_hold_up_streams(start_process: Callable[..., ProcessGate]) -> None:
+    """200 at once beside 20 streams: events and /health go on, and each login ends."""
+    delays: list[float] = []
+    health: list[float] = []
+
+    def timed_login(number: int) -> tuple[int, float]:
+        began = time.monotonic()
+        answer = try_login(gate, f"many-{number}", PASSWORD)
+        return answer.status_code, time.monotonic() - began
+
+    with upstream_process() as url:
+        gate = start_process(VLLM_ENDPOINT=url)
+        gate.expected_5xx = {503}
+        users = [register(gate) for _ in range(2)]
+        with contextlib.closing(sqlite3.connect(gate.directory / "llmgate.db")) as database:
+            columns = "username, password_hash, token_limit, created_at"
+            copied = columns.replace("username", "'many-' || value")
+            numbers = "WITH n(value) AS (SELECT 0 UNION ALL SELECT value + 1 FROM n LIMIT 200)"
+            insert = f"INSERT INTO users ({columns}) {numbers} SELECT {copied} FROM users, n"
+            database.execute(f"{insert} WHERE id = ?", (users[0].id,))
+            database.commit()
+        with ThreadPoolExecutor(1) as pool:
+            logins = pool.submit(in_parallel, 200, timed_login)
+            while not logins.done():
+                opened = open_streams(gate, users, 20)
+                began = time.monotonic()
+                assert call(gate, "GET", "/health").status_code == 200
+                health.append(time.monotonic() - began)
+                delays += read_streams(opened, threading.Event())
+        wait_until(lambda: gate.reserved() == 0)
+        gate.stop()
+    gate.check_output(gate.output, gate.errors)
+    statuses = Counter(status for status, _ in logins.result())
+    assert set(statuses) <= {200, 429, 503} and statuses[200] > 20, statuses
+    assert max(seconds for _, seconds in logins.result()) < 22
+    assert statistics.quantiles(delays, n=100)[98] < 1
+    assert statistics.median(health) < 1
+
+
+@pytest.mark.parametrize("end", [ProcessGate.stop, ProcessGate.kill], ids=["SIGTERM", "SIGKILL"])
+def test_ended_gate_starts_again_at_once_on_its_port(
+    start_process: Callable[..., ProcessGate], end: Callable[[ProcessGate], None]
+) -> None:
+    """As under systemd: SIGTERM is exit status 0, and connections left behind hold no port."""
+    gate = start_process()
+    user = register(gate)
+    with connected(gate) as connection:
+        connection.sendall(raw_request("GET", "/health", {}))
+        assert read_reply(connection).status_code == 200
+        end(gate)
+        again = start_process(PORT=str(gate.address[1]))
+        assert chat(again, user.key).status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------
+# H. Everything at once, from a seed: whatever happens in whatever order, the books are right.
 
 
 def after_requests(count: int) -> Callable[[], bool]:
