@@ -64,6 +64,7 @@ LEASE_S = 20  # a pending row whose gate has not renewed it for so long is taken
 UPKEEP_S = 2  # between two rounds of checkpoints, leases and recovery
 LAST_WORDS_S = 0.5  # how long vLLM may take to notice that its caller has gone
 DB_TIMEOUT_S = 5  # waiting for the database's write lock
+MAX_LOG_PAGES = 4000  # 16 MB: in a longer log SQLite takes long to find a page
 CONNECT_TIMEOUT_S = 2
 MODELS_TTL_S = 10  # age at which a list of models is fetched anew
 MAX_EVENT_BYTES, MAX_ANSWER_BYTES = 4 << 20, 256 << 20
@@ -340,7 +341,10 @@ class Ledger:
             written_at = Path(f"{self.engine.url.database}-wal").stat().st_mtime_ns
             if written_at != self._checked_at:
                 self._checked_at = written_at
-                self.query("PRAGMA wal_checkpoint(PASSIVE)")
+                ((_, pages, _),) = self.query("PRAGMA wal_checkpoint(PASSIVE)")
+                if pages > MAX_LOG_PAGES:  # for want of a quiet moment; what is left is little
+                    with in_turn(self._turns, DB_TIMEOUT_S, "database_unavailable"):
+                        self.query("PRAGMA wal_checkpoint(RESTART)")
 
     def close(self) -> None:
         """Closes what is open; on SQLite the last one to close moves the log into the file."""
