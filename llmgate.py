@@ -245,7 +245,8 @@ def show_error(error: Exception) -> Response:
     else:
         lost = isinstance(error, gate().ledger.errors)
         shown = APIError("database_unavailable" if lost else "internal_error")
-        log.error("%s: %s", g.request_id, type(error).__name__, exc_info=error)
+        what = " ".join(str(error).split()) if lost else type(error).__name__
+        log.error("%s: %s", g.request_id, what, exc_info=None if lost else error)
     return Response(shown.body(), shown.status, shown.headers, content_type="application/json")
 
 
@@ -301,6 +302,8 @@ class Ledger:
                     driver.commit()
         except self.errors as error:
             reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            if not self.sqlite:  # exit status 1: another start may find it
+                raise click.ClickException(f"PostgreSQL does not answer: {reason}") from None
             raise SettingsError(f"DATABASE_URL must be a usable database: {reason}") from None
 
     @contextmanager
@@ -501,9 +504,9 @@ def hash_password(password: object, param: str = "password") -> str:
 def log_in(username: object, password: object) -> tuple[int, int, str]:
     """id, jwt_version, password_hash; 401, 403, 429. An unknown name costs the same as a known."""
     name, encoded = username.lower()[:65] if isinstance(username, str) else "", utf8(password)
-    gate().throttle.admit(name)
     sql = "SELECT id, jwt_version, password_hash, disabled_at FROM users WHERE lower(username) = :n"
     found = gate().ledger.query(sql, n=name) if USERNAME.fullmatch(name) else []
+    gate().throttle.admit(name)  # not before: a lost database is nobody's wrong password
     user_id, jwt_version, stored, disabled_at = found[0] if found else (0, 0, NOBODY, None)
     with in_turn(HASHING, 20, "overloaded"):
         right = bcrypt.checkpw(encoded[:72], stored.encode()) and len(encoded) <= 72
@@ -1641,6 +1644,12 @@ def load_secret(settings: Settings, ledger: Ledger) -> str:
     return secret
 
 
+POSTGRESQL_OPTIONS = {  # libpq's: a host that vanishes is noticed within seconds, too
+    "connect_timeout": DB_TIMEOUT_S, "tcp_user_timeout": DB_TIMEOUT_S * 1000,
+    "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2,
+}  # fmt: skip
+
+
 class Gate(Flask):
     """The WSGI application; makes the tables and the secret where they are missing."""
 
@@ -1653,7 +1662,7 @@ class Gate(Flask):
         options: JSONObject = {"hide_parameters": True}  # or an error would log password hashes
         if settings.database_url.startswith("postgresql"):
             options |= {"pool_size": 16, "max_overflow": 48, "pool_timeout": DB_TIMEOUT_S}
-            options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": DB_TIMEOUT_S}}
+            options |= {"pool_pre_ping": True, "connect_args": POSTGRESQL_OPTIONS}
         else:  # the ledger keeps connections; a transaction begins where we say
             connect_args: JSONObject = {"isolation_level": None, "timeout": DB_TIMEOUT_S}
             connect_args["check_same_thread"] = False
@@ -1890,7 +1899,7 @@ def serve(settings: Settings) -> None:
         path = Path(settings.log_file)
         settings = replace(settings, log_file=str(path.with_stem(f"{path.stem}-{number}")))
     server = Server(settings, listening)
-    server.app.ledger.checkpoints = number == 1
+    server.app.ledger.checkpoints &= number == 1
 
     def end(*_: object) -> None:
         if server.app.draining:

@@ -1,14 +1,14 @@
 """The tests of llmgate: the real server on a socket, a stand-in vLLM on a socket, no mocks.
 
-    pytest -q                                       all tests but the soak, under three minutes
+    pytest -q                                       all tests but the soak, about four minutes
     pytest -q -m soak                               ten minutes of mixed load
     python test_llmgate.py upstream [PORT]          the stand-in alone, for trying llmgate
                                                     without a model (PORT is 8001 if not given)
     python test_llmgate.py bench                    how fast the gate is; two minutes
 
 `LLMGATE_TEST_POSTGRES_URL` (postgresql+psycopg://user@/db?host=/socketdir) adds the cases that
-need PostgreSQL. Each of them makes a database of its own and drops it. One test is skipped
-without `pip install hypothesis`.
+need PostgreSQL. Each of them makes a database of its own and drops it. Those at the edge need
+nginx, and one test needs `pip install hypothesis`.
 
 After every test the books are read: see `complaints`.
 """
@@ -35,9 +35,11 @@ import re
 import resource
 import select
 import selectors
+import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import statistics
 import struct
@@ -711,6 +713,7 @@ class Gate:
         self.expected_5xx: set[int] = set()
         self.seen_5xx: set[int] = set()
         self.may_log_traceback = False
+        self.verify: bool | str = True  # or the certificate to trust
 
     @property
     def address(self) -> tuple[str, int]:
@@ -1066,7 +1069,7 @@ def call(
         headers["Authorization"] = prefix + bearer
     options = {"timeout": 60, "allow_redirects": False} | options
     with requests.Session() as session:
-        session.trust_env = False
+        session.trust_env, session.verify = False, gate.verify
         answer = session.request(method, gate.url + path, headers=headers, **options)
     if answer.status_code >= 500:
         gate.seen_5xx.add(answer.status_code)
@@ -4246,6 +4249,319 @@ def resident_kb(gate: ProcessGate) -> int:
     found = re.search(r"VmRSS:\s+(\d+)", status)
     assert found
     return int(found[1])
+
+
+# ---------------------------------------------------------------------------------------------
+# H. The edge: the real nginx with README's own configuration, several gates behind it, and a
+# PostgreSQL that goes away.
+
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed: nothing to test with")
+
+
+def readme_block(start: str) -> str:
+    """Return the indented block of README.md that starts with these words."""
+    blocks = re.findall(r"(?:^    .*\n)+", (HERE / "README.md").read_text(), re.MULTILINE)
+    (found,) = [block for block in blocks if block.lstrip().startswith(start)]
+    return cast(str, found)
+
+
+def readme_env() -> dict[str, str]:
+    """Return README's settings for a gate behind a proxy, with an open registration."""
+    lines = readme_block("TRUSTED_PROXY").split()
+    return dict(line.split("=", 1) for line in lines) | {"REGISTRATION": "open"}
+
+
+def nginx_config(directory: Path, port: int, gates: list[Gate]) -> str:
+    """Return README's configuration with other ports, paths and addresses of gates."""
+    main, server = readme_block("worker_rlimit_nofile"), readme_block("server {")
+    if len(gates) > 1:
+        server = server.replace("http://127.0.0.1:8000", "http://llmgate")
+        server = server.rstrip().removesuffix("}") + readme_block("location = /auth/token") + "}\n"
+        server = readme_block("upstream llmgate {") + server
+    changes = {
+        "listen 443 ssl;": f"listen 127.0.0.1:{port} ssl;",
+        "/etc/ssl/llm.example.org.pem": f"{directory}/cert.pem",
+        "/etc/ssl/llm.example.org.key": f"{directory}/key.pem",
+    }
+    for readme_port, gate in zip((8000, 8002), gates, strict=False):
+        changes[f"127.0.0.1:{readme_port}"] = gate.url.removeprefix("http://")
+    for words, others in changes.items():
+        assert words in server, f"README's nginx configuration has no {words}"
+        server = server.replace(words, others)
+    temporary = "".join(
+        f"{kind}_temp_path {directory}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    return (
+        f"user root root;\ndaemon off;\npid {directory}/pid;\nerror_log {directory}/error.log;\n"
+        f"{main}http {{\naccess_log off;\n{temporary}{server}}}\n"
+    )
+
+
+@pytest.fixture
+def start_nginx(tmp_path: Path, upstream: Upstream) -> Iterator[Callable[..., Gate]]:
+    """Starts nginx in front of gates; what it gives is used like a gate, by https. Once a test."""
+    directory = tmp_path / "nginx"
+    edges: list[Gate] = []
+    with contextlib.ExitStack() as stack:
+
+        def start(*gates: Gate) -> Gate:
+            directory.mkdir()
+            arguments = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 1"
+            arguments += " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+            arguments += f" -keyout {directory}/key.pem -out {directory}/cert.pem"
+            subprocess.run(["openssl", *arguments.split()], check=True, capture_output=True)
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            config = directory / "nginx.conf"
+            config.write_text(nginx_config(directory, port, list(gates)))
+            command = [cast(str, NGINX), "-p", str(directory), "-c", str(config)]
+            with (directory / "stderr").open("wb") as errors:
+                process = subprocess.Popen(command, stderr=errors)
+            stack.callback(process.wait, 10)
+            stack.callback(process.terminate)
+            url = f"https://localhost:{port}"
+            edge = Gate(url, dict(gates[0].env), gates[0].directory, upstream)
+            edge.verify, edge.log = str(directory / "cert.pem"), directory / "error.log"
+            edges.append(edge)
+            wait_until(lambda: process.poll() is not None or is_open(edge), 10)
+            assert process.poll() is None, (directory / "stderr").read_text()
+            return edge
+
+        yield start
+        for edge in edges:
+            edge.settle()
+            edge.check_output(directory / "stderr")
+
+
+def is_open(gate: Gate) -> bool:
+    """Return whether somebody listens there."""
+    with contextlib.suppress(ConnectionError), connected(gate):
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def secured(edge: Gate) -> Iterator[socket.socket]:
+    """A raw connection to nginx, inside TLS."""
+    context = ssl.create_default_context(cafile=cast(str, edge.verify))
+    with connected(edge) as plain, context.wrap_socket(plain, server_hostname="localhost") as made:
+        yield made
+
+
+@needs_nginx
+def test_events_pass_nginx_at_once(
+    make_gate: Callable[..., ThreadedGate], start_nginx: Callable[..., Gate]
+) -> None:
+    """Case 14 through TLS and nginx, and a client that hangs up there is `aborted`."""
+    edge = start_nginx(make_gate(**readme_env()))
+    user = register(edge)
+
+    def longest_delay() -> float:
+        with chat(edge, user.key, "spaced", stream=True) as response:
+            received = [(time.monotonic(), event) for event in stream_events(response)]
+            assert edge.row(response).status == "ok"
+        assert received[-1][1] == b"data: [DONE]\n\n"
+        events = edge.upstream.asked()[-1].sent
+        sent = [at for at, event in events if b'"choices":[],' not in event]
+        return max(there - here for (there, _), here in zip(received, sent, strict=True))
+
+    assert best_of_six(longest_delay, 0.15) < 0.15
+    with secured(edge) as connection:
+        connection.sendall(raw_chat(user.key, chat_body("slow", stream=True)))
+        read_events(connection, 4)
+    exchange = edge.upstream.asked()[-1]
+    wait_until(lambda: exchange.left, 2)
+    wait_until(lambda: edge.usage(user)[-1].status != "pending", 2)
+    row = edge.usage(user)[-1]
+    assert (row.status, row.estimated, row.total) == ("aborted", 0, exchange.tokens)
+
+
+@needs_nginx
+def test_gate_behind_nginx_is_known_by_its_public_name(
+    make_gate: Callable[..., ThreadedGate], start_nginx: Callable[..., Gate]
+) -> None:
+    """The URLs in opencode.json are those that the client sees; unknown names stay refused."""
+    edge = start_nginx(make_gate(**readme_env()))
+    config = call(edge, "GET", "/opencode.json", register(edge).key).json()
+    assert [p["options"]["baseURL"] for p in config["provider"].values()] == [f"{edge.url}/v1"]
+    strange = call(edge, "GET", "/users/usage", headers={"Host": "evil.example"})
+    assert_error(strange, 400, "host_not_allowed")
+
+
+@needs_nginx
+def test_slow_connections_stay_at_nginx(
+    start_process: Callable[..., ProcessGate], start_nginx: Callable[..., Gate]
+) -> None:
+    """A thousand: a third each in the handshake, in the headers, in the body. The gate sees none."""
+    gate = start_process(**readme_env())
+    edge = start_nginx(gate)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # for the connections of this process
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    user = register(edge)
+    assert chat(edge, user.key).status_code == 200
+    before = gate.descriptors()
+    request = raw_chat(user.key, chat_body())
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # the first bytes of a TLS handshake
+    half, most_of_it = request[: len(request) // 4], request[:-20]
+    with contextlib.ExitStack() as stack:
+        slow = [(stack.enter_context(connected(edge)), hello[:-5], hello[-5:]) for _ in range(334)]
+        for begun in (half, most_of_it):
+            rest = request[len(begun) :][:5]
+            slow += [(stack.enter_context(secured(edge)), begun, rest) for _ in range(333)]
+        for connection, begun, _ in slow:
+            connection.sendall(begun)
+        for position in range(5):
+            for connection, _, rest in slow:
+                connection.sendall(rest[position : position + 1])
+            began = time.monotonic()
+            assert chat(edge, user.key).status_code == 200
+            assert time.monotonic() - began < 2
+            assert gate.descriptors() <= before + 2
+    assert len(edge.upstream.asked()) == 6
+
+
+@needs_nginx
+def test_two_gates_behind_nginx_are_one(
+    postgres_env: dict[str, str],
+    start_process: Callable[..., ProcessGate],
+    start_nginx: Callable[..., Gate],
+    tmp_path: Path,
+) -> None:
+    """What one gate made the other knows at once, and no race over both passes the quota."""
+    gates = start_two(start_process, postgres_env | readme_env(), tmp_path)
+    edge = start_nginx(*gates)
+    for _ in range(4):
+        user = register(edge, token_limit=1000)
+        token = login(edge, user)
+        for _ in range(3):
+            assert login(edge, user)
+            assert call(edge, "GET", "/users/me", token).status_code == 200
+        key = replace_key(edge, token)
+        assert [chat(edge, user.key).status_code for _ in range(2)] == [401, 401]
+        assert [chat(edge, key).status_code for _ in range(2)] == [200, 200]
+    user = register(edge, token_limit=1000)
+    QuotaRace.run([edge], user).check(edge, user, 1000)
+    assert all("chat/completions" in gate.log.read_text() for gate in gates)
+
+
+def told_of_end(answer: requests.Response, events: Iterator[bytes]) -> tuple[str, bool]:
+    """Read a stream as far as it goes; return its X-Request-Id and whether it came whole."""
+    last = b""
+    with contextlib.suppress(requests.RequestException, AssertionError):  # broken, or torn
+        for last in events:
+            pass
+    return answer.headers["X-Request-Id"], last == b"data: [DONE]\n\n"
+
+
+@needs_nginx
+def test_killed_gate_takes_only_its_own_streams_along(
+    postgres_env: dict[str, str],
+    start_process: Callable[..., ProcessGate],
+    start_nginx: Callable[..., Gate],
+    tmp_path: Path,
+) -> None:
+    """No login fails, no chat runs twice, no row is lost, and all are closed within a minute."""
+    one, two = start_two(start_process, postgres_env | readme_env(), tmp_path)
+    edge = start_nginx(one, two)
+    edge.expected_5xx = {502}  # nginx's own, for plain requests on the dead gate
+    user = register(edge)
+    over = threading.Event()
+    jwts: list[str] = []
+
+    def log_in_again_and_again() -> None:
+        while not over.is_set():
+            jwts.append(login(edge, user))
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(14) as pool:
+        stack.callback(over.set)
+        opened = []
+        for _ in range(20):
+            answer = chat(edge, user.key, "slow", stream=True, max_tokens=100)
+            opened.append((stack.enter_context(answer), stream_events(answer)))
+            assert next(opened[-1][1])
+        plain = [pool.submit(chat, edge, user.key, "slow", max_tokens=60) for _ in range(10)]
+        wait_until(lambda: len(edge.upstream.asked()) == 30)
+        callers = [pool.submit(log_in_again_and_again) for _ in range(4)]
+        wait_until(lambda: len(jwts) > 8)
+        cast(ProcessGate, one).kill()
+        ended = [told_of_end(*stream) for stream in opened]
+        statuses = Counter(answer.result().status_code for answer in plain)
+        over.set()
+        assert [caller.result() for caller in callers] == [None] * 4
+    broken = {name for name, whole in ended if not whole}
+    assert len(broken) == 10
+    assert statuses == {200: 5, 502: 5}
+    assert len(edge.upstream.asked()) == 30  # each ran once
+    assert [chat(edge, user.key).status_code for _ in range(10)] == [200] * 10
+    wait_until(lambda: login(edge, user) and edge.complaints() == [], 60)
+    rows = {row.request_id: row.status for row in edge.usage(user)}
+    assert len(rows) == 40
+    assert {name for name, _ in ended if rows[name] == "lost"} == broken
+    assert Counter(rows.values()) == {"ok": 25, "lost": 15}
+
+
+@contextlib.contextmanager
+def database_down(gate: Gate) -> Iterator[None]:
+    """PostgreSQL ends every connection to this database and takes no new one, as in a restart."""
+    name = sqlalchemy.make_url(gate.database_url).database
+    server = os.environ["LLMGATE_TEST_POSTGRES_URL"].replace("+psycopg", "")
+    end_all = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+        try:
+            connection.execute(end_all.encode())
+            yield
+        finally:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
+
+
+def test_database_away_for_ten_seconds_needs_no_restart(
+    postgres_env: dict[str, str], start_process: Callable[..., ProcessGate]
+) -> None:
+    """Callers get 503 and vLLM sees nothing new; what ran is booked when the database is back."""
+    gate = start_process(**postgres_env)
+    gate.expected_5xx, gate.may_log_traceback = {503}, True
+    user = register(gate)
+    token = login(gate, user)
+    with ThreadPoolExecutor(3) as pool:
+        running = [
+            pool.submit(chat, gate, user.key, "slow", max_tokens=20, stream=False),
+            pool.submit(streamed, gate, user.key, "slow", max_tokens=40),
+            pool.submit(streamed, gate, user.key, "slow", max_tokens=220),
+        ]
+        wait_for_rows(gate, 3)
+        wait_until(lambda: len(gate.upstream.asked()) == 3)
+        with database_down(gate):
+            for _ in range(4):
+                began = time.monotonic()
+                assert_error(call(gate, "GET", "/health"), 503, "database_unavailable")
+                assert_error(chat(gate, user.key), 503, "database_unavailable")
+                assert_error(call(gate, "GET", "/users/me", token), 503, "database_unavailable")
+                assert time.monotonic() - began < 5
+                wait_until(after_seconds(2.5))
+            assert running[0].done() and running[1].done() and not running[2].done()
+        assert call(gate, "GET", "/health").status_code == 200
+        assert login(gate, user) and chat(gate, user.key).status_code == 200
+        assert all(cast(list[bytes], r.result())[-1] == b"data: [DONE]\n\n" for r in running[1:])
+    assert len(gate.upstream.asked()) == 4
+    gate.settle(10)
+    assert sorted(row.total for row in gate.usage(user)) == [30, 30, 50, 230]
+    assert {row.status for row in gate.usage(user)} == {"ok"}
+
+
+def test_logins_while_the_database_is_away_are_no_guesses(
+    postgres_env: dict[str, str], start_process: Callable[..., ProcessGate]
+) -> None:
+    """Ten tries that nobody could check do not hold the name back afterwards."""
+    gate = start_process(**postgres_env)
+    gate.expected_5xx, gate.may_log_traceback = {503}, True
+    user = register(gate)
+    with database_down(gate):
+        for _ in range(10):
+            assert_error(try_login(gate, user.name, PASSWORD), 503, "database_unavailable")
+    assert try_login(gate, user.name, PASSWORD).status_code == 200
 
 
 # ---------------------------------------------------------------------------------------------
