@@ -38,7 +38,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import cache, partial
@@ -84,10 +84,9 @@ log = logging.getLogger("llmgate")
 # The environment, read once. What cannot be right stops the start with one line that names the
 # variable, and never shows its value: it may be a secret in the wrong place.
 
-TEXT = "[^\ud800-\udfff]*"  # the environment's bytes that are not UTF-8 become such surrogates
 PORT = r":([1-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
 URL = rf"https?://(\[.+\]|[^/?#@\s:]+)({PORT})?(/[^?#\s]*)?"
-DATABASE_URL = r"sqlite:///.*[^/].*|postgresql\+psycopg://.+"
+DATABASE = r"sqlite:///.*[^/].*|postgresql\+psycopg://.+"
 COUNT = range(1, MAX_BIGINT + 1)
 
 
@@ -95,7 +94,7 @@ class SettingsError(Exception):
     """One line for the operator: which variable is wrong, and what it must be."""
 
 
-def _setting(default: str, rule: str | range = TEXT, must_be: str = "UTF-8") -> Any:
+def _setting(default: str, rule: str | range = ".*", must_be: str = "printable UTF-8") -> Any:
     """A field: its variable's default, the pattern or range it must be in, and that in words."""
     return field(metadata={"setting": (default, rule, must_be)})
 
@@ -109,13 +108,13 @@ class Settings:
     host: str = _setting("127.0.0.1")
     port: int = _setting("8000", range(65536))  # 0: the kernel chooses
     database_url: str = _setting(
-        "sqlite:///llmgate.db", DATABASE_URL, "sqlite:///PATH or postgresql+psycopg://USER:..."
+        "sqlite:///llmgate.db", DATABASE, "sqlite:/// or postgresql+psycopg://"
     )
     jwt_secret_key: str = _setting("", "|.{32,}", "32 bytes or more: openssl rand -hex 32")
     jwt_expiration_hours: int = _setting("24", range(1, 87601))
     default_token_limit: int = _setting("1000000", COUNT)
     max_token_limit: int = _setting("100000000", COUNT)
-    registration: str = _setting("", "(?i)(open|closed|invite)?", "open, closed or invite")
+    registration: str = _setting("", "(open|closed|invite)?", "open, closed or invite")
     registration_token: str = _setting("")
     model_aliases: Mapping[str, str] = _setting("llm-user-managed=", "[^=]+=[^=]*", "alias=model")
     log_file: str = _setting("server.log")  # "-": standard error only
@@ -125,7 +124,7 @@ class Settings:
     upstream_timeout: int = _setting("600", range(1, 86401))  # seconds without a byte from vLLM
     max_body_mb: int = _setting("32", range(1, 1025))
     trusted_proxy: str = _setting("", "[0-9a-fA-F.:]*", "an address")  # X-Forwarded-* counts
-    opencode_discovery: str = _setting("on", "(?i)on|off", "on or off")
+    opencode_discovery: str = _setting("on", "on|off", "on or off")
     allowed_hosts: tuple[str, ...] = _setting("", r"[\w.:\[\]-]+", "a name")  # in Host; (): any
 
     @classmethod
@@ -139,8 +138,8 @@ class Settings:
                 value = int(value) if re.fullmatch("[0-9]{1,19}", value) else -1
                 right, must_be = value in rule, f"a whole number from {rule[0]} to {rule[-1]}"
             elif item.type == "str":
-                right = bool(re.fullmatch(rule, value) and re.fullmatch(TEXT, value))
-                value = value.lower() if rule.startswith("(?i)") else value
+                # Bytes of the environment that are not UTF-8 are not printable, either.
+                right = value.isprintable() and bool(re.fullmatch(rule, value))
             else:
                 value = tuple(part.strip() for part in value.split(",") if part.strip())
                 right = all(re.fullmatch(rule, part) for part in value)
@@ -153,6 +152,7 @@ class Settings:
     def _completed(self) -> Settings:
         """The settings with what follows from others; SettingsError where two do not fit."""
         local = re.fullmatch(r"localhost|::1|127\..*", self.host)
+        names = ("localhost", "127.0.0.1", "[::1]", self.host) if local else ()
         engine, _, path = self.database_url.partition(":///")
         if self.registration == "invite" and not self.registration_token:
             raise SettingsError("REGISTRATION_TOKEN must be set when REGISTRATION is invite")
@@ -160,7 +160,6 @@ class Settings:
             raise SettingsError("JWT_SECRET_KEY must be set beside PostgreSQL, alike for all gates")
         if self.default_token_limit > self.max_token_limit:
             raise SettingsError("DEFAULT_TOKEN_LIMIT must be MAX_TOKEN_LIMIT or less")
-        names = ("localhost", "127.0.0.1", "[::1]", self.host) if local else ()
         return replace(
             self,
             vllm_endpoint=tuple(re.sub("(/v1)?/*$", "", url) for url in self.vllm_endpoint),
@@ -177,41 +176,47 @@ class Settings:
 # "token limit exceeded", "too many tokens" or "exceeds the limit of": OpenCode takes these for a
 # full context window, and starts to compact.
 
-ERRORS = {  # code: (status, Retry-After in seconds or 0, message)
-    "bad_request": (400, 0, "This is not a request that the gate can read."),
-    "host_not_allowed": (400, 0, "The operator's ALLOWED_HOSTS does not have this Host."),
-    "invalid_value": (400, 0, "{param} must be {must_be}."),
-    "invalid_json": (400, 0, "The body must be a JSON object, and valid JSON."),
-    "unsupported_value": (400, 0, "This gate does not accept {param}."),
-    "missing_api_key": (401, 0, "Send the header 'Authorization: Bearer KEY'."),
-    "invalid_api_key": (401, 0, "This API key is not valid; GET /users/me shows the right one."),
-    "invalid_token": (401, 0, "This JWT is not valid; log in again at /auth/token."),
-    "token_expired": (401, 0, "This JWT has expired; log in again at /auth/token."),
-    "invalid_credentials": (401, 0, "Wrong username or password."),
-    "registration_closed": (403, 0, "Registration is closed; ask the operator for an account."),
-    "account_disabled": (403, 0, "This account is disabled; ask the operator."),
-    "not_found": (404, 0, "There is nothing at this path; the README lists the routes."),
-    "model_not_found": (404, 0, "No model {model!r} here; GET /v1/models lists them."),
-    "key_not_found": (404, 0, "No such key; GET /users/me/keys lists yours."),
-    "method_not_allowed": (405, 0, "This path takes other methods; see the header Allow."),
-    "username_taken": (409, 0, "This username is taken; choose another."),
-    "request_too_large": (413, 0, "The body is larger than this gate accepts."),
-    "unsupported_media_type": (415, 0, "Send the header 'Content-Type: application/json'."),
-    "rate_limit_exceeded": (429, 1, "{why}; try again later."),
-    "quota_reserved": (429, 1, "Running requests hold the rest of the quota; try again soon."),
-    "insufficient_quota": (429, 0, "Quota used up: {used} of {limit} tokens; this needs {needed}."),
-    "headers_too_large": (431, 0, "The headers are larger than this gate accepts."),
-    "internal_error": (500, 0, "The gate failed; its log says why."),
-    "upstream_unavailable": (502, 0, "No vLLM at VLLM_ENDPOINT; start it with: vllm serve MODEL"),
-    "upstream_error": (502, 0, "vLLM failed: {why}."),
-    "database_unavailable": (503, 1, "The gate's database does not answer; try again."),
-    "overloaded": (503, 2, "All places of the gate are taken; try again in a moment."),
-    "draining": (503, 5, "The gate is restarting; try again in a moment."),
-    "upstream_timeout": (504, 0, "vLLM was silent for too long."),
+ERRORS = {  # code: (status, message)
+    "bad_request": (400, "This is not a request that the gate can read."),
+    "host_not_allowed": (400, "The operator's ALLOWED_HOSTS does not have this Host."),
+    "invalid_value": (400, "{param} must be {must_be}."),
+    "invalid_json": (400, "The body must be a JSON object, and valid JSON."),
+    "unsupported_value": (400, "This gate does not accept {param}."),
+    "missing_api_key": (401, "Send the header 'Authorization: Bearer KEY'."),
+    "invalid_api_key": (401, "This API key is not valid; GET /users/me shows the right one."),
+    "invalid_token": (401, "This JWT is not valid; log in again at /auth/token."),
+    "token_expired": (401, "This JWT has expired; log in again at /auth/token."),
+    "invalid_credentials": (401, "Wrong username or password."),
+    "registration_closed": (403, "Registration is closed; ask the operator for an account."),
+    "account_disabled": (403, "This account is disabled; ask the operator."),
+    "not_found": (404, "There is nothing at this path; the README lists the routes."),
+    "model_not_found": (404, "No model {model!r} here; GET /v1/models lists them."),
+    "key_not_found": (404, "No such key; GET /users/me/keys lists yours."),
+    "method_not_allowed": (405, "This path takes other methods; see the header Allow."),
+    "username_taken": (409, "This username is taken; choose another."),
+    "request_too_large": (413, "The body is larger than this gate accepts."),
+    "unsupported_media_type": (415, "Send the header 'Content-Type: application/json'."),
+    "rate_limit_exceeded": (429, "{why}; try again later."),
+    "quota_reserved": (429, "Running requests hold the rest of the quota; try again soon."),
+    "insufficient_quota": (429, "Quota used up: {used} of {limit} tokens; this needs {needed}."),
+    "headers_too_large": (431, "The headers are larger than this gate accepts."),
+    "internal_error": (500, "The gate failed; its log says why."),
+    "upstream_unavailable": (502, "No vLLM at VLLM_ENDPOINT; start it with: vllm serve MODEL"),
+    "upstream_error": (502, "vLLM failed: {why}."),
+    "database_unavailable": (503, "The gate's database does not answer; try again."),
+    "overloaded": (503, "All places of the gate are taken; try again in a moment."),
+    "draining": (503, "The gate is restarting; try again in a moment."),
+    "upstream_timeout": (504, "vLLM was silent for too long."),
 }
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+HEADERS = {  # by status or code; a used-up quota makes OpenCode try five times more: at once
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "2"},
+    "insufficient_quota": {"x-should-retry": "false", "retry-after-ms": "1"},
+}
 # The first code of each status, for what Flask and waitress refuse by themselves.
-CODES = {status: code for code, (status, _, _) in reversed(ERRORS.items())}
+CODES = {status: code for code, (status, _) in reversed(ERRORS.items())}
 
 
 class APIError(Exception):
@@ -219,21 +224,17 @@ class APIError(Exception):
 
     def __init__(self, code: str, param: str | None = None, **values: object) -> None:
         self.code, self.param = code, param
-        self.status, retry_after, message = ERRORS[code]
+        self.status, message = ERRORS[code]
         super().__init__(message.format(param=param, **values))
-        default = "server_error" if self.status >= 500 else "invalid_request_error"
-        self.type = TYPES.get(self.status, default)
-        wait_s = values.get("wait_s", retry_after)
-        self.headers = {"Retry-After": str(wait_s)} if wait_s else {}
-        if self.status == 401:
-            self.headers = {"WWW-Authenticate": "Bearer"}
-        if code == "insufficient_quota":  # OpenCode tries five times more, but without a pause
-            self.type = code
-            self.headers = {"x-should-retry": "false", "retry-after-ms": "1"}
+        self.headers = dict(HEADERS.get(code) or HEADERS.get(self.status, {}))
+        if "wait_s" in values:
+            self.headers["Retry-After"] = str(values["wait_s"])
 
     def body(self) -> bytes:
         """OpenAI's error object as JSON."""
-        error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = self.code if self.code in HEADERS else TYPES.get(self.status, default)
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
 
@@ -248,8 +249,7 @@ def show_error(error: Exception) -> Response:
     else:
         lost = isinstance(error, gate().ledger.errors)
         shown = APIError("database_unavailable" if lost else "internal_error")
-        what = " ".join(str(error).split()) if lost else type(error).__name__
-        log.error("%s: %s", g.request_id, what, exc_info=None if lost else error)
+        log.error("%s: %s", g.request_id, error, exc_info=None if lost else error)
     return Response(shown.body(), shown.status, shown.headers, content_type="application/json")
 
 
@@ -258,27 +258,25 @@ def show_error(error: Exception) -> Response:
 # costs a tenth of an ORM session's, and one way to the database is enough.
 
 db = SQLAlchemy()
+# No checkpoint by itself: the watcher makes them, where no caller waits.
+PRAGMAS = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON; PRAGMA wal_autocheckpoint = 0"
 
 
 @contextmanager
-def in_turn(
-    turns: threading.Semaphore | threading.Lock, seconds: float, code: str
-) -> Iterator[None]:
+def in_turn(turn: threading.Semaphore | threading.Lock, wait_s: int, code: str) -> Iterator[None]:
     """Holds one of the turns; 503 with this code when none comes in time."""
-    if not turns.acquire(timeout=seconds):
+    if not turn.acquire(timeout=wait_s):
         raise APIError(code)
     try:
         yield
     finally:
-        turns.release()
+        turn.release()
 
 
 @cache
 def positional(sql: str, mark: str) -> tuple[str, list[str]]:
-    """SQL with the driver's marks for :names, and the names in their order.
-
-    Bound by name, sqlite3 would let go of the interpreter's lock once for each of them.
-    """
+    """SQL with the driver's marks for :names, and the names in their order."""
+    # Bound by name, sqlite3 would let go of the interpreter's lock once for each of them.
     return re.sub(r":\w+", mark, sql), re.findall(r":(\w+)", sql)
 
 
@@ -289,18 +287,14 @@ class Ledger:
         self.engine, self.sqlite = engine, engine.dialect.name == "sqlite"
         self.driver = cast(Any, engine.dialect).dbapi
         self.errors = (self.driver.Error, sa.exc.SQLAlchemyError)
-        self.for_update = "" if self.sqlite else " FOR UPDATE"
-        self._free: list[Any] = []
+        self.for_update, self._mark = ("", "?") if self.sqlite else (" FOR UPDATE", "%s")
         self.checkpoints = self.sqlite  # one process of several does it
         self._checked_at = 0  # when the log was last written before a checkpoint (ns)
+        self._free: list[Any] = []
         self._turn = threading.Lock()
         self._folder = 0  # the database's, open: writers of other processes wait for its lock
         if self.sqlite:
-            pragmas = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;"
-            pragmas += (
-                "PRAGMA wal_autocheckpoint = 0;"  # the watcher does it, where no caller waits
-            )
-            sa.event.listen(engine, "connect", lambda made, _: made.executescript(pragmas))
+            sa.event.listen(engine, "connect", lambda made, _: made.executescript(PRAGMAS))
 
     def create_tables(self) -> None:
         """Runs schema.sql through the driver: split at ";" it would break on its comments."""
@@ -319,9 +313,9 @@ class Ledger:
                     driver.commit()
         except self.errors as error:
             reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            if not self.sqlite:  # exit status 1: another start may find it
-                raise click.ClickException(f"PostgreSQL does not answer: {reason}") from None
-            raise SettingsError(f"DATABASE_URL must be a usable database: {reason}") from None
+            if self.sqlite:
+                raise SettingsError(f"DATABASE_URL must be a usable database: {reason}") from None
+            raise click.ClickException(f"PostgreSQL does not answer: {reason}") from None
 
     @contextmanager
     def _cursor(self) -> Iterator[Execute]:
@@ -330,28 +324,25 @@ class Ledger:
             connection = self._free.pop()
         except IndexError:
             connection = self.engine.raw_connection()
+        kept = False
         try:
-            run, mark = connection.cursor().execute, "?" if self.sqlite else "%s"
+            run = connection.cursor().execute
 
             def execute(sql: str, values: Mapping[str, object] = {}) -> Any:
-                text, names = positional(sql, mark)
+                text, names = positional(sql, self._mark)
                 return run(text, [values[name] for name in names])
 
             yield execute
-        except BaseException:
-            connection.close()
-            raise
-        if self.sqlite:  # SQLAlchemy's checks are worth their time where a network is between
-            self._free.append(connection)
-        else:
-            connection.close()
+            kept = self.sqlite  # SQLAlchemy's checks are worth their time over a network
+        finally:
+            if kept:
+                self._free.append(connection)
+            else:
+                connection.close()
 
     @contextmanager
     def _in_turn(self) -> Iterator[None]:
         """Lets SQLite's writers wait in line, threads and processes: SQLite itself sleeps and polls."""
-        if not self.sqlite:
-            yield
-            return
         with in_turn(self._turn, DB_TIMEOUT_S, "database_unavailable"):
             fcntl.flock(self._folder, fcntl.LOCK_EX)
             try:
@@ -362,18 +353,16 @@ class Ledger:
     @contextmanager
     def transaction(self) -> Iterator[Execute]:
         """A write transaction: `execute(sql, {name: value})`. 503 when its turn does not come."""
-        with self._in_turn(), self._cursor() as execute:
+        with self._in_turn() if self.sqlite else nullcontext(), self._cursor() as execute:
             if self.sqlite:
                 execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
             yield execute
             execute("COMMIT")
 
     def checkpoint(self) -> None:
-        """Moves SQLite's log into its file, where no caller waits: a busy disk may take seconds.
-
-        Only a log that has grown: a checkpoint with nothing to do that meets a commit may damage
-        the database, up to SQLite 3.51.2 (sqlite.org/wal.html#walresetbug).
-        """
+        """Moves SQLite's log into its file, where no caller waits: a busy disk may take seconds."""
+        # Only a log that has grown: a checkpoint with nothing to do that meets a commit may damage
+        # the database, up to SQLite 3.51.2 (sqlite.org/wal.html#walresetbug).
         if self.checkpoints:
             written_at = Path(f"{self.engine.url.database}-wal").stat().st_mtime_ns
             if written_at != self._checked_at:
@@ -508,17 +497,16 @@ class Throttle(dict[str, tuple[int, float]]):
         """Counts a try before its password is hashed; 429 while the name is held back."""
         now = time.monotonic()
         with self.lock:
-            tries, until = self.pop(name, (0, 0.0))
-            held_s = until - now
-            if held_s <= 0:
-                tries += 1
-                until = now + min(2 ** (tries - 5), 900) if tries >= 5 else now
-            self[name] = (tries, until)
+            tries, until = self.pop(name, (0, now))
+            if held := until > now:
+                self[name] = (tries, until)
+            else:  # the fifth try holds the next one back for 1 s
+                self[name] = (tries + 1, now + min(2**tries // 16, 900))
             if len(self) > 10000:  # the name that was tried longest ago
                 del self[next(iter(self))]
-        if held_s > 0:
+        if held:
             why = "Too many wrong passwords for this name"
-            raise APIError("rate_limit_exceeded", why=why, wait_s=int(held_s) + 1)
+            raise APIError("rate_limit_exceeded", why=why, wait_s=int(until - now) + 1)
 
 
 def utf8(value: object) -> bytes:
@@ -574,12 +562,10 @@ def register(username: object, password: object, token_limit: int) -> tuple[int,
 @contextmanager
 def identified(by_key: bool | None) -> Iterator[None]:
     """Puts the caller by API key or JWT (None: either) into g.caller; 401 or 403."""
-    scheme, _, credential = request.headers.get("Authorization", "").partition(" ")
-    credential = credential.strip()
-    if scheme.lower() != "bearer" or not credential:
+    sent = request.authorization
+    if not sent or sent.type != "bearer" or not (credential := sent.token):
         raise APIError("missing_api_key")
-    if by_key is None:
-        by_key = credential.startswith("sk-llmgate-")
+    by_key = credential.startswith("sk-llmgate-") if by_key is None else by_key
     if by_key and credential != spelled(credential[11:-6]):
         raise APIError("invalid_api_key")
     found = {"value": key_hash(credential)} if by_key else gate().keyring.read_jwt(credential)
@@ -655,14 +641,22 @@ INSERT_ROW = """
 INSERT INTO usage (request_id, user_id, api_key_id, model, endpoint, stream, reserved,
  prompt_estimate, created_at, lease_until) VALUES (:request_id, :user_id, :api_key_id, :model,
  :endpoint, :stream, :reserved, :prompt_estimate, :now, :lease_until)"""
-TOUCH_KEY = "UPDATE api_keys SET last_used_at = :now WHERE id = :api_key_id"
+READ_ROW = """
+SELECT u.id, u.tokens_used, u.token_limit - u.tokens_used - u.tokens_reserved, r.status, r.reserved,
+ r.prompt_tokens + r.completion_tokens FROM usage r JOIN users u ON u.id = r.user_id
+ WHERE r.request_id = :request_id"""
+UPDATE_ROW = """
+UPDATE usage SET status = :status, estimated = :estimated, reserved = :reserved,
+ prompt_tokens = :prompt_tokens, completion_tokens = :completion_tokens,
+ cached_tokens = :cached_tokens, first_byte_ms = :first_byte_ms, duration_ms = :duration_ms,
+ lease_until = :lease_until WHERE request_id = :request_id"""
+MOVE_TOKENS = """
+UPDATE users SET tokens_used = tokens_used + :booked, tokens_reserved = tokens_reserved - :released
+ WHERE id = :user_id"""
 
 
 def reserve(ledger: Ledger, caller: Caller, claim: Claim, row: JSONObject, most: int) -> int:
-    """Holds the claim and writes the pending row; the output granted to each choice, in tokens.
-
-    429 for the quota, or when `most` relays of the user run already.
-    """
+    """Writes the pending row; the tokens granted to each choice. 429: the quota, `most` running."""
     now = int(time.time())
     row |= {"user_id": caller.id, "api_key_id": caller.api_key_id, "most": most, "now": now}
     row |= {"prompt_estimate": claim.prompt_estimate, "lease_until": now + LEASE_S}
@@ -678,30 +672,12 @@ def reserve(ledger: Ledger, caller: Caller, claim: Claim, row: JSONObject, most:
             raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
         execute(INSERT_ROW, row)
         if now - (caller.key_used_at or 0) >= 60:
-            execute(TOUCH_KEY, row)
+            execute("UPDATE api_keys SET last_used_at = :now WHERE id = :api_key_id", row)
     return granted
 
 
-READ_ROW = """
-SELECT u.id, u.tokens_used, u.token_limit - u.tokens_used - u.tokens_reserved, r.status, r.reserved,
- r.prompt_tokens + r.completion_tokens FROM usage r JOIN users u ON u.id = r.user_id
- WHERE r.request_id = :request_id"""
-UPDATE_ROW = """
-UPDATE usage SET status = :status, estimated = :estimated, reserved = :reserved,
- prompt_tokens = :prompt_tokens, completion_tokens = :completion_tokens,
- cached_tokens = :cached_tokens, first_byte_ms = :first_byte_ms, duration_ms = :duration_ms,
- lease_until = :lease_until WHERE request_id = :request_id"""
-MOVE_TOKENS = """
-UPDATE users SET tokens_used = tokens_used + :booked, tokens_reserved = tokens_reserved - :released
- WHERE id = :user_id"""
-
-
 def book(ledger: Ledger, request_id: str, status: str, counts: Counts, **times: int | None) -> int:
-    """Books a request's tokens as known now; the user's `tokens_used` after it.
-
-    The counters move by the difference to what the row had before. So one function serves the
-    checkpoint (`pending`), the end, the recovery (`lost`) and the late return of a frozen gate.
-    """
+    """Books a request's tokens as known now; the user's `tokens_used` after it."""
     with ledger.transaction() as execute:
         found = execute(READ_ROW + ledger.for_update, {"request_id": request_id}).fetchone()
         user_id, used, free, old_status, reserved, before = found
@@ -712,6 +688,7 @@ def book(ledger: Ledger, request_id: str, status: str, counts: Counts, **times: 
         counts = counts.within(before + max(reserved, reserved + free))
         if counts.total < before - used:  # reset-usage came between an estimate and the count
             counts = Counts(before - used, estimated=1)
+        # The difference: so this serves checkpoints, the end, recovery and the late return, too.
         booked = counts.total - before
         kept = max(0, reserved - max(0, booked)) if status == "pending" else 0
         row = {"request_id": request_id, "status": status, "reserved": kept, **vars(counts)}
@@ -721,39 +698,31 @@ def book(ledger: Ledger, request_id: str, status: str, counts: Counts, **times: 
     return cast(int, used + booked)
 
 
-RESET_ROW = """
-INSERT INTO usage (request_id, user_id, model, endpoint, status, prompt_tokens, created_at,
- lease_until) SELECT :request_id, id, '', 'reset-usage', 'ok', -tokens_used, :now, :now FROM users
- WHERE id = :user_id"""
-
-
 def reset_usage(ledger: Ledger, user_id: int) -> None:
     """Sets tokens_used to 0 by a balancing row: it stays the sum of the rows, and they stay."""
-    values = {"request_id": secrets.token_hex(16), "user_id": user_id, "now": int(time.time())}
+    row = {"request_id": secrets.token_hex(16), "user_id": user_id, "now": int(time.time())}
+    sql = """INSERT INTO usage (request_id, user_id, model, endpoint, status, prompt_tokens,
+ created_at, lease_until) VALUES (:request_id, :user_id, '', 'reset-usage', 'ok', :booked, :now, :now)"""
     with ledger.transaction() as execute:
-        execute("UPDATE users SET tokens_used = tokens_used WHERE id = :user_id", values)  # locks
-        execute(RESET_ROW, values)
-        execute("UPDATE users SET tokens_used = 0 WHERE id = :user_id", values)
+        _, used, _ = execute(LOCK_USER + ledger.for_update, row).fetchone()
+        execute(sql, row | {"booked": -used})
+        execute(MOVE_TOKENS, row | {"booked": -used, "released": 0})
 
 
 SUMS = ("requests", "prompt_tokens", "completion_tokens")
 USAGE_BY = """
 SELECT {0}, count(*), CAST(sum(prompt_tokens) AS BIGINT), CAST(sum(completion_tokens) AS BIGINT)
  FROM usage WHERE user_id = :user_id AND created_at >= :since AND model <> '' GROUP BY {0} ORDER BY {0}"""
-RECENT = (
-    "request_id, created_at, model, api_key_id, endpoint, stream, status, estimated, "
-    "prompt_tokens, completion_tokens, cached_tokens, first_byte_ms, duration_ms"
-)
-RECENT_USAGE = f"""
-SELECT {RECENT} FROM usage WHERE user_id = :user_id AND model <> '' ORDER BY created_at DESC
- LIMIT 20"""
+RECENT = """request_id, created_at, model, api_key_id, endpoint, stream, status, estimated, \
+prompt_tokens, completion_tokens, cached_tokens, first_byte_ms, duration_ms"""
 
 
 def usage_report(ledger: Ledger, caller: Caller, days: int) -> JSONObject:
     """The report of contract section 5 over the last `days` days (UTC); counts are tokens."""
     since = (int(time.time()) // 86400 - days + 1) * 86400
     names = dict(ledger.query("SELECT id, name FROM api_keys WHERE user_id = :id", id=caller.id))
-    recent = ledger.query(RECENT_USAGE, user_id=caller.id)
+    sql = f"SELECT {RECENT} FROM usage WHERE user_id = :id AND model <> ''"
+    recent = ledger.query(f"{sql} ORDER BY created_at DESC LIMIT 20", id=caller.id)
 
     def by(column: str, name: str, shown: Callable[[Any], object]) -> list[JSONObject]:
         rows = ledger.query(USAGE_BY.format(column), user_id=caller.id, since=since)
