@@ -153,10 +153,10 @@ class Settings:
         """The settings with what follows from others; SettingsError where two do not fit."""
         local = re.fullmatch(r"localhost|::1|127\..*", self.host)
         names = ("localhost", "127.0.0.1", "[::1]", self.host) if local else ()
-        engine, _, path = self.database_url.partition(":///")
+        _, sqlite, path = self.database_url.partition("sqlite:///")
         if self.registration == "invite" and not self.registration_token:
             raise SettingsError("REGISTRATION_TOKEN must be set when REGISTRATION is invite")
-        if engine != "sqlite" and not self.jwt_secret_key:
+        if not sqlite and not self.jwt_secret_key:
             raise SettingsError("JWT_SECRET_KEY must be set beside PostgreSQL, alike for all gates")
         if self.default_token_limit > self.max_token_limit:
             raise SettingsError("DEFAULT_TOKEN_LIMIT must be MAX_TOKEN_LIMIT or less")
@@ -165,7 +165,7 @@ class Settings:
             vllm_endpoint=tuple(re.sub("(/v1)?/*$", "", url) for url in self.vllm_endpoint),
             model_aliases=dict(re.split(r"\s*=\s*", pair) for pair in self.model_aliases),
             # Flask-SQLAlchemy would look for a relative path elsewhere.
-            database_url=f"sqlite:///{Path(path).absolute()}" if path else self.database_url,
+            database_url=f"sqlite:///{Path(path).absolute()}" if sqlite else self.database_url,
             registration=self.registration or ("open" if local else "closed"),
             allowed_hosts=self.allowed_hosts or names,
         )
@@ -498,10 +498,8 @@ class Throttle(dict[str, tuple[int, float]]):
         now = time.monotonic()
         with self.lock:
             tries, until = self.pop(name, (0, now))
-            if held := until > now:
-                self[name] = (tries, until)
-            else:  # the fifth try holds the next one back for 1 s
-                self[name] = (tries + 1, now + min(2**tries // 16, 900))
+            held = until > now  # for 1 s after the fifth try, for 2 s after the sixth, ...
+            self[name] = (tries, until) if held else (tries + 1, now + min(2**tries // 16, 900))
             if len(self) > 10000:  # the name that was tried longest ago
                 del self[next(iter(self))]
         if held:
@@ -562,8 +560,9 @@ def register(username: object, password: object, token_limit: int) -> tuple[int,
 @contextmanager
 def identified(by_key: bool | None) -> Iterator[None]:
     """Puts the caller by API key or JWT (None: either) into g.caller; 401 or 403."""
-    sent = request.authorization
-    if not sent or sent.type != "bearer" or not (credential := sent.token):
+    scheme, _, credential = request.headers.get("Authorization", "").partition(" ")
+    credential = credential.strip()
+    if scheme.lower() != "bearer" or not credential:
         raise APIError("missing_api_key")
     by_key = credential.startswith("sk-llmgate-") if by_key is None else by_key
     if by_key and credential != spelled(credential[11:-6]):
@@ -701,18 +700,20 @@ def book(ledger: Ledger, request_id: str, status: str, counts: Counts, **times: 
 def reset_usage(ledger: Ledger, user_id: int) -> None:
     """Sets tokens_used to 0 by a balancing row: it stays the sum of the rows, and they stay."""
     row = {"request_id": secrets.token_hex(16), "user_id": user_id, "now": int(time.time())}
-    sql = """INSERT INTO usage (request_id, user_id, model, endpoint, status, prompt_tokens,
- created_at, lease_until) VALUES (:request_id, :user_id, '', 'reset-usage', 'ok', :booked, :now, :now)"""
+    sql = """
+INSERT INTO usage (request_id, user_id, model, endpoint, status, prompt_tokens, created_at,
+ lease_until) VALUES (:request_id, :user_id, '', 'reset-usage', 'ok', :booked, :now, :now)"""
     with ledger.transaction() as execute:
         _, used, _ = execute(LOCK_USER + ledger.for_update, row).fetchone()
-        execute(sql, row | {"booked": -used})
-        execute(MOVE_TOKENS, row | {"booked": -used, "released": 0})
+        row |= {"booked": -used, "released": 0}
+        execute(sql, row)
+        execute(MOVE_TOKENS, row)
 
 
 SUMS = ("requests", "prompt_tokens", "completion_tokens")
 USAGE_BY = """
-SELECT {0}, count(*), CAST(sum(prompt_tokens) AS BIGINT), CAST(sum(completion_tokens) AS BIGINT)
- FROM usage WHERE user_id = :user_id AND created_at >= :since AND model <> '' GROUP BY {0} ORDER BY {0}"""
+SELECT {}, count(*), CAST(sum(prompt_tokens) AS BIGINT), CAST(sum(completion_tokens) AS BIGINT)
+ FROM usage WHERE user_id = :user_id AND created_at >= :since AND model <> '' GROUP BY 1 ORDER BY 1"""
 RECENT = """request_id, created_at, model, api_key_id, endpoint, stream, status, estimated, \
 prompt_tokens, completion_tokens, cached_tokens, first_byte_ms, duration_ms"""
 
