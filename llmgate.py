@@ -1047,18 +1047,16 @@ def arriving(answer: http.client.HTTPResponse) -> Iterator[bytes]:
         return
     rest, left = b"", 0  # `left` of the current chunk
     while arrived := answer.fp.read1(16384):
-        rest, at, payload = rest + arrived, 0, []
-        while True:
-            end = at + left
-            payload.append(rest[at:end])
-            left = max(0, end - len(rest))
-            if left or not (size := CHUNK_SIZE.match(rest, end)):
-                break
-            at, left = size.end(), int(size[1], 16)
-            if left <= 0:  # the last chunk; what may follow is nobody's
+        rest, end = rest + arrived, left
+        payload = [rest[:end]]
+        while size := CHUNK_SIZE.match(rest, end):
+            start, length = size.end(), int(size[1], 16)
+            if length <= 0:  # the last chunk; what may follow is nobody's
                 yield b"".join(payload)
                 return
-        rest = rest[end:]
+            end = start + length
+            payload.append(rest[start:end])
+        left, rest = max(0, end - len(rest)), rest[end:]
         if len(rest) > 99:
             raise ValueError("no chunk's size")
         yield b"".join(payload)
@@ -1276,15 +1274,16 @@ def limit_output(body: JSONObject, granted: int) -> None:
 
 def ask(relay: Relay, servers: list[Upstream], body: JSONObject) -> http.client.HTTPResponse:
     """The answer of the first server that is there; a stream's is to report its usage. 502, 504."""
-    row, model, continuously = relay.row, body["model"], {"continuous_usage_stats": True}
-    own = {**(body.get("stream_options") or {}), "include_usage": True}
-    own.pop("continuous_usage_stats", None)
+    row, model = relay.row, body["model"]
+    fewer = {**(body.get("stream_options") or {}), "include_usage": True}
+    fewer.pop("continuous_usage_stats", None)
+    all_options = fewer | {"continuous_usage_stats": True}
     path, headers = f"/v1/{row['endpoint']}", f"X-Request-Id: {row['request_id']}\r\n"
     for server in servers:
         known = server.continuous.get(model)
         for continuous in (True, False) if relay.stream and known is None else (known,):
             if relay.stream:
-                body["stream_options"] = own | continuously if continuous else own
+                body["stream_options"] = all_options if continuous else fewer
             data = encoded(body)
             try:
                 relay.upstream, relay.sock = server, server.connect()
@@ -1310,8 +1309,7 @@ def answered(relay: Relay, answer: http.client.HTTPResponse) -> Response:
     content_type, status = answer.getheader("Content-Type", ""), answer.status
     relay.meter.asked = status < 300
     if status in (401, 403):
-        why = "it refuses the gate's own key, see VLLM_API_KEY"
-        raise APIError("upstream_error", why=why)
+        raise APIError("upstream_error", why="it refuses the gate's own key, see VLLM_API_KEY")
     if answer.getheader("Content-Encoding", "identity") != "identity":
         raise APIError("upstream_error", why="it compressed its answer though asked not to")
     if status != 200 and not 400 <= status < 500:
