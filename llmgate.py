@@ -752,13 +752,7 @@ TEMPLATE_FIELDS = (
     "model", "messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt",
     "continue_final_message", "add_special_tokens", "mm_processor_kwargs",
 )  # fmt: skip
-PROMPT_FIELDS = {"completions": "prompt", "embeddings": "input"}
 COUNTING = threading.Semaphore(16)  # calls of /tokenize at a time: they hold threads, and are free
-
-
-def upstream_error(why: str) -> APIError:
-    """502 `upstream_error`: vLLM reset, cut or garbled its answer, or refuses the gate's key."""
-    return APIError("upstream_error", why=why)
 
 
 def parsed(text: bytes | bytearray) -> Any:
@@ -768,15 +762,24 @@ def parsed(text: bytes | bytearray) -> Any:
     return None
 
 
-ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-
-
 def encoded(body: JSONObject) -> bytes:
     """JSON for vLLM, with each field once; 400 for what JSON cannot say (1e999)."""
     try:
-        return ENCODER.encode(body).encode()
+        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise APIError("invalid_json") from None
+
+
+@contextmanager
+def translated(answer: http.client.HTTPResponse) -> Iterator[None]:
+    """Closes vLLM's answer when it breaks off; 502 then, or 504 when it is silent for too long."""
+    try:
+        yield
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        answer.close()
+        if isinstance(error, TimeoutError):
+            raise APIError("upstream_timeout") from None
+        raise APIError("upstream_error", why="it broke the connection off") from None
 
 
 class Upstream:
@@ -785,70 +788,57 @@ class Upstream:
     def __init__(self, url: str, settings: Settings) -> None:
         self.url, parts = url, urlsplit(url)
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self.path, self.address = parts.path, (parts.hostname or "", parts.port or 80)
-        if self.tls:
-            self.address = (self.address[0], parts.port or 443)
+        port = parts.port or (443 if self.tls else 80)
+        self.path, self.address = parts.path, (parts.hostname or "", port)
         self.headers = f"Host: {parts.netloc}\r\nAccept-Encoding: identity\r\n"
+        self.headers += "Content-Type: application/json\r\n"
         if settings.vllm_api_key:
             self.headers += f"Authorization: Bearer {settings.vllm_api_key}\r\n"
+        self.timeout_s = settings.upstream_timeout
         self.models: dict[str, JSONObject] = {}  # id: its entry in /v1/models
         self.up = False
         self.continuous: dict[str, bool] = {}  # model: whether it takes continuous_usage_stats
         self.idle: list[socket.socket] = []
 
-    def connect(self) -> socket.socket:
-        """A connection that waited here and is still open, or a new one; ConnectionRefusedError."""
+    def take_idle(self) -> Iterator[socket.socket]:
+        """The connections that wait for a next request, for whoever is first to take them."""
         with suppress(IndexError):
             while True:
-                sock, poll = self.idle.pop(), select.poll()
-                poll.register(sock, select.POLLIN)
-                if not poll.poll(0):  # nothing to read, so not even its end
-                    return sock
-                sock.close()
+                yield self.idle.pop()
+
+    def connect(self) -> socket.socket:
+        """A connection that waited here and is still open, or a new one; ConnectionRefusedError."""
+        for sock in self.take_idle():
+            poll = select.poll()
+            poll.register(sock, select.POLLIN)
+            if not poll.poll(0):  # nothing to read, so not even its end
+                return sock
+            sock.close()
         try:
             sock = socket.create_connection(self.address, CONNECT_TIMEOUT_S)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return self.tls.wrap_socket(sock, server_hostname=self.address[0]) if self.tls else sock
         except OSError:
+            self.up, self.continuous = False, {}  # the next to come may be another server
             raise ConnectionRefusedError from None
 
     def send(
-        self,
-        sock: socket.socket,
-        path: str,
-        body: bytes | None,
-        timeout_s: float,
-        headers: str = "",
+        self, sock: socket.socket, path: str, body: bytes, timeout_s: float, headers: str = ""
     ) -> http.client.HTTPResponse:
         """An answer whose body is still to be read; 502, 504."""
-        method = "GET" if body is None else "POST"
-        head = f"{method} {self.path}{path} HTTP/1.1\r\n{self.headers}{headers}"
-        if body is not None:
-            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        answer = http.client.HTTPResponse(sock, method=method)
+        head = f"{'POST' if body else 'GET'} {self.path}{path} HTTP/1.1\r\n{self.headers}{headers}"
+        answer = http.client.HTTPResponse(sock)
         sock.settimeout(timeout_s)
-        try:
-            sock.sendall(f"{head}\r\n".encode() + (body or b""))
+        with translated(answer):
+            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             answer.begin()
-            return answer
-        except (OSError, http.client.HTTPException) as error:
-            answer.close()
-            if isinstance(error, TimeoutError):
-                raise APIError("upstream_timeout") from None
-            raise upstream_error("it broke the connection off") from None
+        return answer
 
-    def drop_idle(self) -> None:
-        """Closes what waits for a next request: vLLM would do so after 5.0 s."""
-        with suppress(IndexError):
-            while True:
-                self.idle.pop().close()
-
-    def fetch(self, path: str, body: JSONObject | None = None, timeout_s: float = 2) -> JSONObject:
-        """A JSON answer for the gate itself; {} for anything else. ConnectionRefusedError."""
-        broken = (APIError, OSError, http.client.HTTPException)
-        with closing(self.connect()) as sock, suppress(*broken):
-            answer = self.send(sock, path, encoded(body) if body else None, timeout_s)
-            with closing(answer):
+    def fetch(self, path: str, body: bytes = b"", timeout_s: float = 2) -> JSONObject:
+        """A JSON answer for the gate itself; {} for anything else."""
+        with suppress(APIError, ConnectionRefusedError), closing(self.connect()) as sock:
+            answer = self.send(sock, path, body, timeout_s)
+            with translated(answer), closing(answer):
                 value = parsed(answer.read(MAX_ANSWER_BYTES))
             if answer.status == 200 and isinstance(value, dict):
                 return value
@@ -856,28 +846,23 @@ class Upstream:
 
     def refresh(self) -> None:
         """Fetches the list of models; a slow answer leaves the list as it was."""
-        try:
-            entries = self.fetch("/v1/models").get("data")
-        except ConnectionRefusedError:  # the next to come may be another server
-            self.up, self.continuous = False, {}
-            return
+        entries = self.fetch("/v1/models").get("data")
         if isinstance(entries, list):
             models = [entry for entry in entries if isinstance(entry, dict)]
             self.models, self.up = {str(entry.get("id")): entry for entry in models}, True
 
     def count_prompt(self, body: JSONObject, endpoint: str) -> int | None:
         """The exact tokens of a prompt, by vLLM's /tokenize; None where it cannot tell."""
-        names: tuple[str, ...] = TEMPLATE_FIELDS
-        text: JSONObject = {}
-        if endpoint != "chat/completions":  # where vLLM may read messages, too
-            names, text = ("model",), {"prompt": body.get(PROMPT_FIELDS[endpoint])}
-            if "messages" in body or "prompt_embeds" in body:
-                return None
-        question = {name: body[name] for name in names if name in body} | text
-        with in_turn(COUNTING, 5, "overloaded"), suppress(ConnectionRefusedError):
-            counted = self.fetch("/tokenize", question, 30).get("count")
-            return counted if type(counted) is int else None
-        return None
+        if endpoint == "chat/completions":
+            question = {name: body[name] for name in TEMPLATE_FIELDS if name in body}
+        elif "messages" in body or "prompt_embeds" in body:  # vLLM may read these there, too
+            return None
+        else:
+            prompt = body.get("input" if endpoint == "embeddings" else "prompt")
+            question = {"model": body["model"], "prompt": prompt}
+        with in_turn(COUNTING, 5, "overloaded"):
+            counted = self.fetch("/tokenize", encoded(question), 30).get("count")
+        return counted if type(counted) is int else None
 
 
 class Upstreams(list[Upstream]):
@@ -890,10 +875,10 @@ class Upstreams(list[Upstream]):
         self.aliases = settings.model_aliases
         self._refreshing, self._refreshed_at = threading.Lock(), 0.0
 
-    def refresh(self, age: float = 1) -> None:
-        """Asks all servers for their models, side by side, if the lists are `age` seconds old."""
+    def refresh(self) -> None:
+        """Asks all servers for their models, side by side, unless that was done just now."""
         with self._refreshing:
-            if time.monotonic() - self._refreshed_at > age:
+            if time.monotonic() - self._refreshed_at > 1:
                 with ThreadPoolExecutor(len(self)) as pool:
                     list(pool.map(Upstream.refresh, self))
                 self._refreshed_at = time.monotonic()
@@ -903,7 +888,7 @@ class Upstreams(list[Upstream]):
         if not any(server.up for server in self):
             self.refresh()
         elif time.monotonic() - self._refreshed_at > MODELS_TTL_S and not self._refreshing.locked():
-            threading.Thread(target=self.refresh, args=(MODELS_TTL_S,), daemon=True).start()
+            threading.Thread(target=self.refresh, daemon=True).start()
         up = [server.models for server in reversed(self) if server.up]
         return {name: entry for models in up for name, entry in models.items()}
 
@@ -952,11 +937,7 @@ def read_usage(usage: object) -> Counts | None:
 
 
 class Meter:
-    """Reads the token counts of one answer in passing, and hides what the caller did not ask for.
-
-    With `continuous_usage_stats` each event has the count of its choice so far: the last value of
-    each choice is added up. The block at the end wins over that.
-    """
+    """Counts one answer's tokens in passing, and hides usage that the caller did not ask for."""
 
     EVENT_END = re.compile(rb"\r?\n\r?\n")
     # An unescaped "usage": can only be a key, and the first "index": is that of the choice.
@@ -974,7 +955,7 @@ class Meter:
         self.done = self.failed = False  # [DONE] has come; vLLM reported an error before it
         self.output_seen = 0  # events, or a quarter of a plain body's bytes: when no count comes
         self.last: Counts | None = None
-        self._choices: dict[int, bytes] = {}  # the last usage block of each
+        self._choices: dict[int, bytes] = {}  # the last usage block of each, to be added up
         self._rest = b""
 
     def feed(self, piece: bytes) -> bytes:
@@ -986,7 +967,7 @@ class Meter:
             start = end.end()
         self._rest = self._rest[start:]
         if len(self._rest) > MAX_EVENT_BYTES:
-            raise upstream_error("it sent an event without an end")
+            raise APIError("upstream_error", why="it sent an event without an end")
         return b"".join(shown)
 
     def _event(self, event: bytes) -> bytes:
@@ -994,55 +975,60 @@ class Meter:
         found = self.USAGE.search(event)
         self.output_seen += event.startswith(b"data:")
         if not found:
-            self.done = self.done or event[5:].strip() == b"[DONE]"
-            self.failed = self.failed or event.startswith(b'data: {"error"')
+            self.done |= event[5:].strip() == b"[DONE]"
+            self.failed |= event.startswith(b'data: {"error"')
             return event
-        index = self.INDEX.search(event)
-        last = index is None and self.NO_CHOICES.search(event) is not None
-        if last:
-            self.last = read_usage(parsed(found[1])) or self.last
-        elif found[1] != b"null":
-            self._choices[int(index[1]) if index else 0] = found[1]
-        if last:
+        index, usage = self.INDEX.search(event), found[1]
+        if not index and self.NO_CHOICES.search(event):  # the block at the end
+            self.last = read_usage(parsed(usage)) or self.last
             return event if self.show_last else b""
-        shown = self.show_all or (found[1] == b"null" and self.show_last)
+        if usage == b"null":
+            shown = self.show_last
+        else:
+            self._choices[int(index[1]) if index else 0] = usage
+            shown = self.show_all
         return event if shown else event[: found.start()] + event[found.end() :]
 
     def counts(self) -> Counts:
         """The tokens so far: vLLM's count if it can be right, or an estimate."""
         if not self.asked:
             return Counts()
-        counts = Counts(self.claim.prompt_estimate, self.output_seen, estimated=1)
-        blocks = dict(self._choices)  # the watcher reads while the relay writes
-        read = {index: read_usage(parsed(block)) for index, block in blocks.items()}
-        choices = {index: seen for index, seen in read.items() if seen}
-        if choices:  # each prompt of a list counts once, whatever n
-            prompts = {index // self.n: seen.prompt_tokens for index, seen in choices.items()}
-            written = sum(seen.completion_tokens for seen in choices.values())
-            counts = Counts(sum(prompts.values()), written)
-        counts = self.last or counts
+        prompts, written = {}, 0
+        for index, block in dict(self._choices).items():  # the relay may write meanwhile
+            if seen := read_usage(parsed(block)):
+                prompts[index // self.n] = seen.prompt_tokens  # once for each prompt of a list
+                written += seen.completion_tokens
+        counts = self.last or Counts(sum(prompts.values()), written)
+        if not self.last and not prompts:
+            counts = Counts(self.claim.prompt_estimate, self.output_seen, estimated=1)
         return counts.within(self.reserved if counts.estimated else self.most)
 
 
-def dechunked(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """A chunked body, as much at a time as has arrived: http.client gives out each chunk alone."""
-    rest, left = b"", 0  # `left` of the current chunk and of the line's end after it
+# A chunk's size, after the end of the chunk before it.
+CHUNK_SIZE = re.compile(rb"(?:\r\n)?([^\r\n;]+)[^\r\n]*\r\n")
+
+
+def arriving(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    """A body, as much at a time as has arrived: http.client gives out each chunk alone."""
+    if not answer.chunked:
+        yield from iter(partial(answer.read1, 65536), b"")
+        if answer.length:  # http.client does not mind
+            raise http.client.IncompleteRead(b"")
+        return
+    rest, left = b"", 0  # `left` of the current chunk
     while arrived := answer.fp.read1(16384):
-        rest, at, payload = rest + arrived, 0, []
-        while at < len(rest):
-            if left:
-                payload.append(rest[at : at + max(0, left - 2)])
-                at, left = at + left, max(0, left - (len(rest) - at))
-            elif (end := rest.find(b"\r\n", at, at + 99)) >= 0:
-                left, at = int(rest[at:end].partition(b";")[0], 16) + 2, end + 2
-                if left < 3:  # the last chunk; what may follow is nobody's
-                    yield b"".join(payload)
-                    return
-            elif len(rest) - at < 99:
-                break
-            else:
-                raise ValueError("no chunk's size")
-        rest = rest[at:]
+        rest, end = rest + arrived, left
+        payload = [rest[:end]]
+        while size := CHUNK_SIZE.match(rest, end):
+            start, length = size.end(), int(size[1], 16)
+            if length <= 0:  # the last chunk; what may follow is nobody's
+                yield b"".join(payload)
+                return
+            end = start + length
+            payload.append(rest[start:end])
+        left, rest = max(0, end - len(rest)), rest[end:]
+        if len(rest) > 99:
+            raise ValueError("no chunk's size")
         yield b"".join(payload)
     raise http.client.IncompleteRead(b"")
 
@@ -1054,101 +1040,89 @@ class Relay:
     upstream: Upstream | None = None
     sock: socket.socket | None = None  # to vLLM; that of a stream is never used again
     answer: http.client.HTTPResponse | None = None
+    pieces: Iterator[bytes]  # of its body, to be read by whoever comes next
     left_at: float | None = None  # when the caller was seen gone (monotonic)
     cut_by: APIError | None = None  # why the gate itself broke the answer off
-    first_byte_ms: int | None = None  # from the request's arrival
-    duration_ms: int | None = None
     tokens_used = 0  # of the user, after settle()
 
     def __init__(self, watcher: Watcher, caller: Caller, row: JSONObject, meter: Meter) -> None:
         self.watcher, self.caller, self.row, self.meter = watcher, caller, row, meter
         self.stream, self.lock = bool(row["stream"]), threading.Lock()
         self.started: float = g.started
+        self.times: dict[str, int | None] = {"first_byte_ms": None, "duration_ms": None}
         self.gone = request.environ.get("waitress.client_disconnected", bool)
 
-    def send(
-        self, server: Upstream, body: JSONObject, timeout_s: float
-    ) -> http.client.HTTPResponse:
-        """One try at one server; 400, 502, 504, ConnectionRefusedError."""
-        data, self.upstream, self.sock = encoded(body), server, server.connect()
-        self.meter.asked = True
-        request_id, path = self.row["request_id"], f"/v1/{self.row['endpoint']}"
-        try:
-            headers = f"X-Request-Id: {request_id}\r\n"
-            self.answer = server.send(self.sock, path, data, timeout_s, headers)
-            return self.answer
-        except APIError as error:
-            raise self.cut_by or error from None
-
-    def pieces(self, answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    def read(self, answer: http.client.HTTPResponse) -> Iterator[bytes]:
         """The body's bytes as they arrive; 502 or 504 when it breaks off."""
-        try:
-            chunks = (
-                dechunked(answer) if answer.chunked else iter(partial(answer.read1, 65536), b"")
-            )
-            for piece in chunks:
-                if self.first_byte_ms is None and piece:
-                    self.first_byte_ms = self._ms()
+        with translated(answer):
+            for piece in arriving(answer):
+                if self.times["first_byte_ms"] is None:
+                    self.times["first_byte_ms"] = self._ms()
                 yield piece
-            if answer.length:  # http.client does not mind
-                raise http.client.IncompleteRead(b"", answer.length)
-        except TimeoutError:
-            raise APIError("upstream_timeout") from None
-        except (OSError, ValueError, http.client.HTTPException):
-            raise self.cut_by or upstream_error("its answer broke off") from None
 
     def _ms(self) -> int:
         """Milliseconds since the request's arrival."""
         return round((time.monotonic() - self.started) * 1000)
 
     def leave(self) -> None:
-        """The caller has gone: vLLM sees a half-close, and can still report its last counts."""
+        """The caller has gone: vLLM sees a half-close, and has a moment to report its counts."""
         self.left_at = self.left_at or time.monotonic()
-        self.shutdown(socket.SHUT_WR)
+        late = time.monotonic() - self.left_at > LAST_WORDS_S
+        self.shutdown(socket.SHUT_RDWR if late else socket.SHUT_WR)
 
     def shutdown(self, how: int) -> None:
         """Shuts the connection to vLLM; a thread that waits for its bytes wakes up."""
         with suppress(OSError, AttributeError):
             cast(socket.socket, self.sock).shutdown(how)
 
-    def release(self) -> None:
-        """Keeps the connection of a plain answer for others; a stream's may yet be cut."""
-        answer, whole = self.answer, False
-        if answer:
-            whole = self.status == "ok" and answer.length == 0 and not answer.will_close
-            answer.close()
-        if self.upstream and self.sock and whole and not self.stream:
+    def release(self, reuse: bool = False) -> None:
+        """Closes the connection, or keeps it for others: not a stream's, which may yet be cut."""
+        if self.answer:
+            self.answer.close()
+        if self.upstream and self.sock and reuse:
             self.upstream.idle.append(self.sock)
         elif self.sock:
             self.sock.close()
 
+    def close(self) -> None:
+        """The end of a stream, also of one that was never begun; what vLLM last reported counts."""
+        if self.status == "pending":
+            self.leave()
+            with suppress(APIError):
+                for piece in self.pieces:
+                    self.meter.feed(piece)
+            self.settle("aborted")
+        self.release()
+
     def settle(self, status: str) -> None:
         """Ends the request with this status and books it, if it has not ended yet."""
-        with self.lock:
-            if self.status == "pending":
-                self.status, self.duration_ms = status, self._ms()
-                try:
-                    self.book()
-                except (*self.watcher.ledger.errors, APIError) as error:  # the watcher tries again
-                    log.error("%s not booked yet: %s", self.row["request_id"], type(error).__name__)
+        try:
+            self.book(status)
+        except (*self.watcher.ledger.errors, APIError) as error:  # the watcher tries again
+            log.error("%s not booked yet: %s", self.row["request_id"], type(error).__name__)
 
-    def book(self) -> None:
-        """Books what is known now, under the lock; at the end writes the log's line, too."""
-        row, meter, ended = self.row, self.meter, self.status != "pending"
-        # Not even an estimate before the first event.
-        counts = meter.counts() if ended or meter.output_seen else Counts()
-        times = {"first_byte_ms": self.first_byte_ms, "duration_ms": self.duration_ms}
-        ledger, request_id = self.watcher.ledger, row["request_id"]
-        self.tokens_used = book(ledger, request_id, self.status, counts, **times)
-        if ended:
-            self.watcher.running.discard(self)
-            mode, sure = " stream" * self.stream, " (estimated)" * counts.estimated
-            log.info(
-                "%s %s key %s %s %s%s %s %d+%d tokens%s, first byte %s ms, end %s ms",
-                *(request_id, self.caller.username, row["api_key_id"], row["endpoint"]),
-                *(row["model"], mode, self.status, counts.prompt_tokens),
-                *(counts.completion_tokens, sure, *times.values()),
-            )
+    def book(self, status: str = "pending") -> None:
+        """Books what is known now, until the end is booked; then writes the log's line."""
+        row, meter, times = self.row, self.meter, self.times
+        ledger, running = self.watcher.ledger, self.watcher.running
+        with self.lock:
+            if self not in running:
+                return
+            if self.status == "pending":
+                self.status, times["duration_ms"] = status, self._ms()
+            ended = self.status != "pending"
+            # Not even an estimate before the first event.
+            counts = meter.counts() if ended or meter.output_seen else Counts()
+            self.tokens_used = book(ledger, row["request_id"], self.status, counts, **times)
+            if ended:
+                running.discard(self)
+                log.info(
+                    f"{row['request_id']} {self.caller.username} key {row['api_key_id']} "
+                    f"{row['endpoint']} {row['model']}{' stream' * self.stream} {self.status} "
+                    f"{counts.prompt_tokens}+{counts.completion_tokens} tokens"
+                    f"{' (estimated)' * counts.estimated}, "
+                    f"first byte {times['first_byte_ms']} ms, end {times['duration_ms']} ms"
+                )
 
 
 LOST_ROWS = """
@@ -1169,41 +1143,29 @@ class Watcher(threading.Thread):
         upkeep_at = 0.0
         while not self.stopping.wait(0.1):
             try:
-                self.end_left_streams()
+                for relay in list(self.running):  # but a plain request runs to its end
+                    if relay.stream and (relay.left_at or relay.gone()):
+                        relay.leave()  # again, too: there may have been no connection yet
                 if time.monotonic() >= upkeep_at:
                     upkeep_at = time.monotonic() + UPKEEP_S
                     self.upkeep()
-            except (*self.ledger.errors, APIError) as error:  # the next round tries again
-                log.error("watcher: %s", type(error).__name__)
-            except Exception:
-                log.exception("watcher")
-
-    def end_left_streams(self) -> None:
-        """Ends streams whose caller left; a plain request runs to its end (contract 5)."""
-        for relay in [relay for relay in list(self.running) if relay.stream]:
-            if relay.left_at or relay.gone():
-                relay.leave()  # again, too: the first time there may have been no connection yet
-            if relay.left_at and time.monotonic() - relay.left_at > LAST_WORDS_S:
-                relay.shutdown(socket.SHUT_RDWR)
+            except Exception as error:  # the next round tries again
+                foreseen = isinstance(error, (*self.ledger.errors, APIError))
+                log.error("watcher: %s", type(error).__name__, exc_info=not foreseen)
 
     def upkeep(self) -> None:
         """Checkpoints and leases of what runs, what could not be booked, rows of dead gates."""
         for upstream in self.upstreams:
-            upstream.drop_idle()
+            for sock in upstream.take_idle():  # vLLM would close them after 5.0 s
+                sock.close()
         lost = self.ledger.query(LOST_ROWS, now=int(time.time()))
-        jobs = [partial(self.checkpoint, relay) for relay in list(self.running)]
-        for job in jobs + [partial(self.recover, *row) for row in lost]:
+        recoveries = [partial(self.recover, *row) for row in lost]
+        for job in [relay.book for relay in list(self.running)] + recoveries:
             try:
                 job()
             except self.ledger.driver.IntegrityError:  # so that the others still get booked
                 log.exception("a row cannot be booked")
         self.ledger.checkpoint()
-
-    def checkpoint(self, relay: Relay) -> None:
-        """Books what a relay has counted so far, or at its end could not book."""
-        with relay.lock:
-            if relay in self.running:
-                relay.book()
 
     def recover(self, request_id: str, prompt_estimate: int, *seen: int) -> None:
         """Closes a dead gate's row: its last checkpoint counts, at least the prompt."""
@@ -1250,11 +1212,7 @@ def require_relayable(body: JSONObject) -> None:
 def claim_of(
     body: JSONObject, raw: bytes, endpoint: str, context: int, room: int, server: Upstream
 ) -> Claim:
-    """The worst case of a request whose JSON is `raw`, a token being a byte or more; 400.
-
-    Near the limit vLLM counts the prompt, or 3 bytes are guessed to be a token. An image may stand
-    there as a short URL: only the model's context bounds its tokens.
-    """
+    """The worst case of a request whose JSON is `raw`, a token being a byte or more; 400."""
     chat, prompts = endpoint == "chat/completions", body.get("prompt")
     n = whole_number(body, "n", 1, 16) or 1
     listed = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
@@ -1262,7 +1220,7 @@ def claim_of(
     asked = [whole_number(body, name, 1 if chat else 0) for name in OUTPUT_FIELDS]
     output = max((number for number in asked if number is not None), default=context)
     output = 0 if endpoint == "embeddings" else min(output, context)
-    # Quoted as text such a name would have a backslash.
+    # An image may be a short URL: only the context bounds it. (Quoted, its name has a backslash.)
     media = re.search(rb'"(image|audio|video)_url"|"input_audio"|"image_pil"|\\u00[4-7]', raw)
     prompt = max(len(raw), context if media else 0) + TEMPLATE_TOKENS
     claim = Claim(prompt, max(1, len(raw) // 4), output, n * several)
@@ -1270,7 +1228,7 @@ def claim_of(
     if far or room <= 0 or media:
         return claim
     counted = server.count_prompt(body, endpoint)
-    if counted is None:
+    if counted is None:  # a token is guessed to be 3 bytes
         return replace(claim, prompt=len(raw) // 3 + 1) if chat else claim
     return replace(claim, prompt=counted, prompt_estimate=max(1, counted))
 
@@ -1284,34 +1242,31 @@ def limit_output(body: JSONObject, granted: int) -> None:
         body["min_tokens"] = min(body["min_tokens"], granted)
 
 
-STREAM_OPTIONS = ({"include_usage": True, "continuous_usage_stats": True}, {"include_usage": True})
-
-
-def ask(
-    relay: Relay, servers: list[Upstream], body: JSONObject, timeout_s: float
-) -> http.client.HTTPResponse:
-    """vLLM's answer, its body still to be read; from the next server when one is not there.
-
-    A stream is asked to report its usage, and again without the option where that is refused.
-    """
-    own = {**(body.get("stream_options") or {})}
-    own.pop("continuous_usage_stats", None)
+def ask(relay: Relay, servers: list[Upstream], body: JSONObject) -> http.client.HTTPResponse:
+    """The answer of the first server that is there; a stream's is to report its usage. 502, 504."""
+    row, model = relay.row, body["model"]
+    fewer = {**(body.get("stream_options") or {}), "include_usage": True}
+    fewer.pop("continuous_usage_stats", None)
+    all_options = fewer | {"continuous_usage_stats": True}
+    path, headers = f"/v1/{row['endpoint']}", f"X-Request-Id: {row['request_id']}\r\n"
     for server in servers:
-        known = server.continuous.get(body["model"])
-        tries = STREAM_OPTIONS[known is False :] if relay.stream else ({},)
-        for options in tries:
-            if options:
-                body["stream_options"] = own | options
+        known = server.continuous.get(model)
+        for continuous in (True, False) if relay.stream and known is None else (known,):
+            if relay.stream:
+                body["stream_options"] = all_options if continuous else fewer
+            data = encoded(body)
             try:
-                answer = relay.send(server, body, timeout_s)
+                relay.upstream, relay.sock = server, server.connect()
             except ConnectionRefusedError:
-                server.up = relay.meter.asked = False
+                relay.meter.asked = False
                 break
-            if answer.status != 400 or known or options is tries[-1]:
-                if options and answer.status == 200:
-                    server.continuous[body["model"]] = options is STREAM_OPTIONS[0]
+            relay.meter.asked = True
+            answer = relay.answer = server.send(relay.sock, path, data, server.timeout_s, headers)
+            if relay.stream and answer.status == 200:
+                server.continuous[model] = bool(continuous)
+            if answer.status != 400 or known or not continuous:
                 return answer
-            relay.release()
+            relay.release()  # it may refuse that option
     raise APIError("upstream_unavailable")
 
 
@@ -1324,66 +1279,51 @@ def answered(relay: Relay, answer: http.client.HTTPResponse) -> Response:
     content_type, status = answer.getheader("Content-Type", ""), answer.status
     relay.meter.asked = status < 300
     if status in (401, 403):
-        raise upstream_error("it refuses the gate's own key, see VLLM_API_KEY")
+        raise APIError("upstream_error", why="it refuses the gate's own key, see VLLM_API_KEY")
     if answer.getheader("Content-Encoding", "identity") != "identity":
-        raise upstream_error("it compressed its answer though asked not to")
+        raise APIError("upstream_error", why="it compressed its answer though asked not to")
     if status != 200 and not 400 <= status < 500:
-        raise upstream_error("it answered with an error of its own")
+        raise APIError("upstream_error", why="it answered with an error of its own")
+    relay.pieces = relay.read(answer)
     if status == 200 and "text/event-stream" in content_type:
-        return streamed(relay, answer)
+        relay.stream, response = True, Response(events(relay), content_type=content_type)
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Accel-Buffering"] = "no"  # nginx passes each event on at once
+        response.call_on_close(relay.close)  # a generator not begun would not run its finally
+        return response
     body = bytearray()
-    for piece in relay.pieces(answer):
+    for piece in relay.pieces:
         body += piece
         if len(body) > MAX_ANSWER_BYTES:
-            raise upstream_error("its answer has no end")
+            raise APIError("upstream_error", why="its answer has no end")
     if status == 429 and MISREAD.search(body):
         raise APIError("rate_limit_exceeded", why="vLLM takes no more requests now")
     if status == 200:
         relay.meter.output_seen, value = len(body) // 4, parsed(body)
         if not isinstance(value, dict):
-            raise upstream_error("its answer is not a JSON object")
+            raise APIError("upstream_error", why="its answer is not a JSON object")
         relay.meter.last = read_usage(value.get("usage"))
     relay.settle("ok" if status == 200 else "error")  # before the caller has it
-    relay.release()
+    relay.release(reuse=status == 200 and answer.length == 0 and not answer.will_close)
     return Response(bytes(body), status, content_type=content_type)
 
 
-def streamed(relay: Relay, answer: http.client.HTTPResponse) -> Response:
-    """A stream whose events leave as they arrive; booked at its end, or when its caller leaves."""
-    relay.stream = True
-    headers = {"Content-Type": answer.headers["Content-Type"], "Cache-Control": "no-cache"}
-    headers["X-Accel-Buffering"] = "no"  # nginx passes each event on at once
-    response = Response(events(relay, answer), 200, headers)
-
-    @response.call_on_close  # a generator that was never started would not run its finally
-    def close() -> None:
-        if relay.status == "pending":
-            relay.leave()
-            with suppress(APIError):
-                for piece in relay.pieces(answer):
-                    relay.meter.feed(piece)
-            relay.settle("aborted")
-        relay.release()
-
-    return response
-
-
-def events(relay: Relay, answer: http.client.HTTPResponse) -> Iterator[bytes]:
+def events(relay: Relay) -> Iterator[bytes]:
     """vLLM's events; one error event, and no [DONE], when they break off."""
     meter = relay.meter
     try:
-        for piece in relay.pieces(answer):
+        for piece in relay.pieces:
             shown = meter.feed(piece)
             if meter.done:  # booked before the caller can see the end
                 relay.settle("error" if meter.failed else "ok")
             if shown:
                 yield shown
         if not meter.done:
-            raise relay.cut_by or upstream_error("its answer broke off")
+            raise APIError("upstream_error", why="its answer ended too early")
     except APIError as error:
         if not meter.done and relay.left_at is None:
             relay.settle("error")
-            yield b"data: " + error.body() + b"\n\n"
+            yield b"data: " + (relay.cut_by or error).body() + b"\n\n"
 
 
 # ---- 7 Routes -------------------------------------------------------------------------------------
@@ -1560,10 +1500,12 @@ def relay_request(endpoint: str) -> Response:
     try:
         if granted < claim.output:
             limit_output(body, granted)
-        response = answered(relay, ask(relay, servers, body, settings.upstream_timeout))
+        response = answered(relay, ask(relay, servers, body))
     except BaseException:
         relay.settle("aborted" if relay.left_at else "error")
         relay.release()
+        if relay.cut_by:
+            raise relay.cut_by from None
         raise
     left = caller.token_limit - max(relay.tokens_used, caller.tokens_used)
     response.headers["x-ratelimit-limit-tokens"] = str(caller.token_limit)
