@@ -1423,15 +1423,13 @@ def events(relay: Relay, answer: http.client.HTTPResponse) -> Iterator[bytes]:
 routes = Blueprint("llmgate", __name__)
 
 
-DECODER = json.JSONDecoder(parse_constant=int)  # int() refuses NaN and Infinity: not JSON
-
-
 def read_json() -> JSONObject:
     """The body, a JSON object; 415 for another content type, 400 for anything else."""
     if request.mimetype != "application/json":
         raise APIError("unsupported_media_type")
     with suppress(ValueError, RecursionError):
-        body = DECODER.decode(request.get_data().decode())
+        # int() refuses NaN and Infinity, which are not JSON.
+        body = json.loads(request.get_data().decode(), parse_constant=int)
         if isinstance(body, dict):
             return body
     raise APIError("invalid_json")
@@ -1510,18 +1508,20 @@ def replace_key() -> JSONObject:
     return {"api_key": api_key}
 
 
+KEY_FIELDS = ("id", "name", "created_at", "last_used_at", "tokens_used", "api_key")
+
+
 @routes.get("/users/me/keys")
 @jwt_required
 def list_keys() -> JSONObject:
     """The keys that work; times in Unix seconds."""
-    sums = "SELECT api_key_id, sum(prompt_tokens + completion_tokens) FROM usage"
-    used = gate().ledger.query(f"{sums} WHERE user_id = :id GROUP BY api_key_id", id=g.caller.id)
-    shown, keys = [], gate().ledger.query(LIVE_KEYS, user_id=g.caller.id)
-    for key_id, name, created_at, last_used_at, *key in keys:
-        entry = {"id": key_id, "name": name, "created_at": created_at, "last_used_at": last_used_at}
-        entry["tokens_used"] = int(dict(used).get(key_id, 0))
-        shown.append(entry | {"api_key": gate().keyring.shown(*key)})
-    return {"data": shown}
+    sums = """SELECT api_key_id, sum(prompt_tokens + completion_tokens) FROM usage
+ WHERE user_id = :id GROUP BY api_key_id"""
+    used, data = dict(gate().ledger.query(sums, id=g.caller.id)), []
+    for *row, nonce, stored_hash in gate().ledger.query(LIVE_KEYS, user_id=g.caller.id):
+        counted = int(used.get(row[0], 0)), gate().keyring.shown(nonce, stored_hash)
+        data.append(dict(zip(KEY_FIELDS, (*row, *counted), strict=True)))
+    return {"data": data}
 
 
 @routes.post("/users/me/keys")
@@ -1534,8 +1534,7 @@ def create_key() -> tuple[JSONObject, int]:
     api_key, row = gate().keyring.new_key()
     name = name.strip()
     ((key_id,),) = gate().ledger.write(INSERT_KEY, **row, user_id=g.caller.id, name=name)
-    times = {"created_at": row["now"], "last_used_at": None}
-    return {"id": key_id, "name": name, **times, "tokens_used": 0, "api_key": api_key}, 201
+    return dict(zip(KEY_FIELDS, (key_id, name, row["now"], None, 0, api_key), strict=True)), 201
 
 
 @routes.delete("/users/me/keys/<int:key_id>")
@@ -1606,13 +1605,12 @@ def relay_request(endpoint: str) -> Response:
 def users_usage() -> JSONObject | Response:
     """The report, as JSON or, with Accept: text/plain, drawn."""
     days = request.args.get("days", "30")
-    if not re.fullmatch(r"[1-9][0-9]{0,2}", days) or int(days) > 366:
+    if days not in map(str, range(1, 367)):
         raise APIError("invalid_value", "days", must_be="a whole number from 1 to 366")
     report = usage_report(gate().ledger, g.caller, int(days))
-    if request.accept_mimetypes.best_match(["application/json", "text/plain"]) != "text/plain":
-        return report
-    drawn = drawn_usage(g.caller.username, report)
-    return Response(drawn, content_type="text/plain; charset=utf-8")
+    if request.accept_mimetypes.best_match(["application/json", "text/plain"]) == "text/plain":
+        return Response(drawn_usage(g.caller.username, report), mimetype="text/plain")
+    return report
 
 
 @routes.get("/health")
@@ -1643,40 +1641,41 @@ def drawn_usage(username: str, report: JSONObject) -> str:
     return "\n".join(lines) + "\n"
 
 
-def opencode_config(token_limit: int) -> JSONObject:
+def opencode_config() -> JSONObject:
     """OpenCode's configuration for this gate; 502 while no server is up."""
     upstreams, models = gate().upstreams, {}
     for name in upstreams.shown():
         real = upstreams.resolved(name)  # as `id`: OpenCode's repairs for some models go by it
         context = context_of(upstreams.models().get(real, {}))
-        limit = {"context": context, "output": min(context // 4, 32000, token_limit)}
+        limit = {"context": context, "output": min(context // 4, 32000)}
         models[name] = {"id": real, "name": name, "tool_call": True, "limit": limit}
     default = next((alias for alias in upstreams.aliases if alias in models), next(iter(models)))
     options = {"baseURL": f"{request.host_url}v1", "apiKey": "{env:LLMGATE_API_KEY}"}
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "llmgate", "options": options}
-    config = dict.fromkeys(("model", "small_model"), f"llmgate/{default}")
-    config["$schema"] = "https://opencode.ai/config.json"
-    return {**config, "provider": {"llmgate": {**provider, "models": models}}}
+    return {
+        "$schema": "https://opencode.ai/config.json",
+        **dict.fromkeys(("model", "small_model"), f"llmgate/{default}"),
+        "provider": {"llmgate": {**provider, "models": models}},
+    }
 
 
 @routes.get("/opencode.json")
 @api_key_required
 def opencode_json() -> JSONObject:
     """A complete opencode.json for this gate."""
-    return opencode_config(g.caller.token_limit)
+    return opencode_config()
 
 
 @routes.get("/.well-known/opencode")
 def well_known_opencode() -> JSONObject:
     """What `opencode auth login URL` reads, without a key; 404 if OPENCODE_DISCOVERY is off."""
-    settings = gate().settings
-    if settings.opencode_discovery == "off":
+    if gate().settings.opencode_discovery == "off":
         raise APIError("not_found")
     ask = 'printf "llmgate API key: "; stty -echo; read -r LLMGATE_API_KEY; stty echo; echo'
     ask = f'if [ -z "$LLMGATE_API_KEY" ]; then {{ {ask}; }} < /dev/tty > /dev/tty; fi'
     login = f'{ask}; printf %s "$LLMGATE_API_KEY"'
     auth = {"command": ["sh", "-c", login], "env": "LLMGATE_API_KEY"}
-    return {"auth": auth, "config": opencode_config(settings.default_token_limit)}
+    return {"auth": auth, "config": opencode_config()}
 
 
 @routes.before_app_request
@@ -1743,8 +1742,7 @@ class Gate(Flask):
             options |= {"pool_pre_ping": True, "connect_args": POSTGRESQL_OPTIONS}
         else:  # the ledger keeps connections; a transaction begins where we say
             connect_args = {"isolation_level": None, "check_same_thread": False}
-            options["poolclass"] = sa.NullPool
-            options["connect_args"] = connect_args | {"timeout": DB_TIMEOUT_S}
+            options |= {"poolclass": sa.NullPool, "connect_args": connect_args}
         self.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
         self.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
         self.config["TRUSTED_HOSTS"] = list(settings.allowed_hosts) or None
@@ -1762,9 +1760,6 @@ class Gate(Flask):
         self.keyring = Keyring(load_secret(settings, self.ledger), settings.jwt_expiration_hours)
         self.throttle, self.upstreams = Throttle(), Upstreams(settings)
         self.watcher = Watcher(self.ledger, self.upstreams)
-        keys = "SELECT nonce, key_hash FROM api_keys WHERE revoked_at IS NULL LIMIT 1"
-        if any(self.keyring.shown(*key) is None for key in self.ledger.query(keys)):
-            log.warning("stored keys are of another secret: they work, but cannot be shown again")
 
 
 class LineFormatter(logging.Formatter):
