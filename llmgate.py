@@ -1443,11 +1443,11 @@ def auth_register() -> tuple[JSONObject, int]:
     invited = hmac.compare_digest(token, settings.registration_token.encode())
     if not {"open": True, "invite": invited, "closed": False}[settings.registration]:
         raise APIError("registration_closed")
-    limit = whole_number(body, "token_limit", 1) or settings.default_token_limit
-    limit = min(limit, settings.max_token_limit)
+    wanted = whole_number(body, "token_limit", 1) or settings.default_token_limit
+    limit = min(wanted, settings.max_token_limit)
     user_id, api_key = register(body.get("username"), body.get("password"), limit)
-    shown = {"id": user_id, "username": body["username"], "token_limit": limit}
-    return {**shown, "tokens_used": 0, "api_key": api_key}, 201
+    account = {"id": user_id, "username": body["username"], "token_limit": limit, "tokens_used": 0}
+    return account | {"api_key": api_key}, 201
 
 
 @routes.post("/auth/token")
@@ -1528,11 +1528,10 @@ def list_keys() -> JSONObject:
 @jwt_required
 def create_key() -> tuple[JSONObject, int]:
     """One more key, by name."""
-    name = read_json().get("name")
-    if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.strip()) <= 64:
+    name = utf8(read_json().get("name")).decode().strip()
+    if not name.isprintable() or not 1 <= len(name) <= 64:
         raise APIError("invalid_value", "name", must_be="1 to 64 printable characters")
     api_key, row = gate().keyring.new_key()
-    name = name.strip()
     ((key_id,),) = gate().ledger.write(INSERT_KEY, **row, user_id=g.caller.id, name=name)
     return dict(zip(KEY_FIELDS, (key_id, name, row["now"], None, 0, api_key), strict=True)), 201
 
@@ -1652,11 +1651,9 @@ def opencode_config() -> JSONObject:
     default = next((alias for alias in upstreams.aliases if alias in models), next(iter(models)))
     options = {"baseURL": f"{request.host_url}v1", "apiKey": "{env:LLMGATE_API_KEY}"}
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "llmgate", "options": options}
-    return {
-        "$schema": "https://opencode.ai/config.json",
-        **dict.fromkeys(("model", "small_model"), f"llmgate/{default}"),
-        "provider": {"llmgate": {**provider, "models": models}},
-    }
+    config = dict.fromkeys(("model", "small_model"), f"llmgate/{default}")
+    config["$schema"] = "https://opencode.ai/config.json"
+    return {**config, "provider": {"llmgate": {**provider, "models": models}}}
 
 
 @routes.get("/opencode.json")
@@ -1673,9 +1670,8 @@ def well_known_opencode() -> JSONObject:
         raise APIError("not_found")
     ask = 'printf "llmgate API key: "; stty -echo; read -r LLMGATE_API_KEY; stty echo; echo'
     ask = f'if [ -z "$LLMGATE_API_KEY" ]; then {{ {ask}; }} < /dev/tty > /dev/tty; fi'
-    login = f'{ask}; printf %s "$LLMGATE_API_KEY"'
-    auth = {"command": ["sh", "-c", login], "env": "LLMGATE_API_KEY"}
-    return {"auth": auth, "config": opencode_config()}
+    command = ["sh", "-c", f'{ask}; printf %s "$LLMGATE_API_KEY"']
+    return {"auth": {"command": command, "env": "LLMGATE_API_KEY"}, "config": opencode_config()}
 
 
 @routes.before_app_request
@@ -1691,8 +1687,8 @@ def end_request(response: Response) -> Response:
     response.headers.setdefault("Cache-Control", "no-store")
     if "relay" not in g:
         name, ms = getattr(g.get("caller"), "username", "-"), (time.monotonic() - g.started) * 1000
-        what = (g.request_id, name, request.method, quote(request.path), response.status_code, ms)
-        log.info("%s %s %s %s %d, end %d ms", *what)
+        what = f"{request.method} {quote(request.path)} {response.status_code}"
+        log.info("%s %s %s, end %d ms", g.request_id, name, what, ms)
     return response
 
 
