@@ -15,6 +15,7 @@ A watcher thread looks after running relays. Each part of the file uses only the
 # mypy: disable-error-code="import-untyped, misc"
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gc
 import hashlib
@@ -42,7 +43,6 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import cache, partial
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TextIO, cast
 from urllib.parse import quote, urlsplit
@@ -1333,15 +1333,13 @@ def events(relay: Relay) -> Iterator[bytes]:
 routes = Blueprint("llmgate", __name__)
 
 
-DECODER = json.JSONDecoder(parse_constant=int)  # int() refuses NaN and Infinity: not JSON
-
-
 def read_json() -> JSONObject:
     """The body, a JSON object; 415 for another content type, 400 for anything else."""
     if request.mimetype != "application/json":
         raise APIError("unsupported_media_type")
     with suppress(ValueError, RecursionError):
-        body = DECODER.decode(request.get_data().decode())
+        # int() refuses NaN and Infinity, which are not JSON.
+        body = json.loads(request.get_data().decode(), parse_constant=int)
         if isinstance(body, dict):
             return body
     raise APIError("invalid_json")
@@ -1355,11 +1353,11 @@ def auth_register() -> tuple[JSONObject, int]:
     invited = hmac.compare_digest(token, settings.registration_token.encode())
     if not {"open": True, "invite": invited, "closed": False}[settings.registration]:
         raise APIError("registration_closed")
-    limit = whole_number(body, "token_limit", 1) or settings.default_token_limit
-    limit = min(limit, settings.max_token_limit)
+    wanted = whole_number(body, "token_limit", 1) or settings.default_token_limit
+    limit = min(wanted, settings.max_token_limit)
     user_id, api_key = register(body.get("username"), body.get("password"), limit)
-    shown = {"id": user_id, "username": body["username"], "token_limit": limit}
-    return {**shown, "tokens_used": 0, "api_key": api_key}, 201
+    account = {"id": user_id, "username": body["username"], "token_limit": limit, "tokens_used": 0}
+    return account | {"api_key": api_key}, 201
 
 
 @routes.post("/auth/token")
@@ -1420,32 +1418,32 @@ def replace_key() -> JSONObject:
     return {"api_key": api_key}
 
 
+KEY_FIELDS = ("id", "name", "created_at", "last_used_at", "tokens_used", "api_key")
+
+
 @routes.get("/users/me/keys")
 @jwt_required
 def list_keys() -> JSONObject:
     """The keys that work; times in Unix seconds."""
-    sums = "SELECT api_key_id, sum(prompt_tokens + completion_tokens) FROM usage"
-    used = gate().ledger.query(f"{sums} WHERE user_id = :id GROUP BY api_key_id", id=g.caller.id)
-    shown, keys = [], gate().ledger.query(LIVE_KEYS, user_id=g.caller.id)
-    for key_id, name, created_at, last_used_at, *key in keys:
-        entry = {"id": key_id, "name": name, "created_at": created_at, "last_used_at": last_used_at}
-        entry["tokens_used"] = int(dict(used).get(key_id, 0))
-        shown.append(entry | {"api_key": gate().keyring.shown(*key)})
-    return {"data": shown}
+    sums = """SELECT api_key_id, sum(prompt_tokens + completion_tokens) FROM usage
+ WHERE user_id = :id GROUP BY api_key_id"""
+    used, data = dict(gate().ledger.query(sums, id=g.caller.id)), []
+    for *row, nonce, stored_hash in gate().ledger.query(LIVE_KEYS, user_id=g.caller.id):
+        counted = int(used.get(row[0], 0)), gate().keyring.shown(nonce, stored_hash)
+        data.append(dict(zip(KEY_FIELDS, (*row, *counted), strict=True)))
+    return {"data": data}
 
 
 @routes.post("/users/me/keys")
 @jwt_required
 def create_key() -> tuple[JSONObject, int]:
     """One more key, by name."""
-    name = read_json().get("name")
-    if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.strip()) <= 64:
+    name = utf8(read_json().get("name")).decode().strip()
+    if not name.isprintable() or not 1 <= len(name) <= 64:
         raise APIError("invalid_value", "name", must_be="1 to 64 printable characters")
     api_key, row = gate().keyring.new_key()
-    name = name.strip()
     ((key_id,),) = gate().ledger.write(INSERT_KEY, **row, user_id=g.caller.id, name=name)
-    times = {"created_at": row["now"], "last_used_at": None}
-    return {"id": key_id, "name": name, **times, "tokens_used": 0, "api_key": api_key}, 201
+    return dict(zip(KEY_FIELDS, (key_id, name, row["now"], None, 0, api_key), strict=True)), 201
 
 
 @routes.delete("/users/me/keys/<int:key_id>")
@@ -1518,13 +1516,12 @@ def relay_request(endpoint: str) -> Response:
 def users_usage() -> JSONObject | Response:
     """The report, as JSON or, with Accept: text/plain, drawn."""
     days = request.args.get("days", "30")
-    if not re.fullmatch(r"[1-9][0-9]{0,2}", days) or int(days) > 366:
+    if days not in map(str, range(1, 367)):
         raise APIError("invalid_value", "days", must_be="a whole number from 1 to 366")
     report = usage_report(gate().ledger, g.caller, int(days))
-    if request.accept_mimetypes.best_match(["application/json", "text/plain"]) != "text/plain":
-        return report
-    drawn = drawn_usage(g.caller.username, report)
-    return Response(drawn, content_type="text/plain; charset=utf-8")
+    if request.accept_mimetypes.best_match(["application/json", "text/plain"]) == "text/plain":
+        return Response(drawn_usage(g.caller.username, report), mimetype="text/plain")
+    return report
 
 
 @routes.get("/health")
@@ -1555,13 +1552,13 @@ def drawn_usage(username: str, report: JSONObject) -> str:
     return "\n".join(lines) + "\n"
 
 
-def opencode_config(token_limit: int) -> JSONObject:
+def opencode_config() -> JSONObject:
     """OpenCode's configuration for this gate; 502 while no server is up."""
     upstreams, models = gate().upstreams, {}
     for name in upstreams.shown():
         real = upstreams.resolved(name)  # as `id`: OpenCode's repairs for some models go by it
         context = context_of(upstreams.models().get(real, {}))
-        limit = {"context": context, "output": min(context // 4, 32000, token_limit)}
+        limit = {"context": context, "output": min(context // 4, 32000)}
         models[name] = {"id": real, "name": name, "tool_call": True, "limit": limit}
     default = next((alias for alias in upstreams.aliases if alias in models), next(iter(models)))
     options = {"baseURL": f"{request.host_url}v1", "apiKey": "{env:LLMGATE_API_KEY}"}
@@ -1575,20 +1572,18 @@ def opencode_config(token_limit: int) -> JSONObject:
 @api_key_required
 def opencode_json() -> JSONObject:
     """A complete opencode.json for this gate."""
-    return opencode_config(g.caller.token_limit)
+    return opencode_config()
 
 
 @routes.get("/.well-known/opencode")
 def well_known_opencode() -> JSONObject:
     """What `opencode auth login URL` reads, without a key; 404 if OPENCODE_DISCOVERY is off."""
-    settings = gate().settings
-    if settings.opencode_discovery == "off":
+    if gate().settings.opencode_discovery == "off":
         raise APIError("not_found")
     ask = 'printf "llmgate API key: "; stty -echo; read -r LLMGATE_API_KEY; stty echo; echo'
     ask = f'if [ -z "$LLMGATE_API_KEY" ]; then {{ {ask}; }} < /dev/tty > /dev/tty; fi'
-    login = f'{ask}; printf %s "$LLMGATE_API_KEY"'
-    auth = {"command": ["sh", "-c", login], "env": "LLMGATE_API_KEY"}
-    return {"auth": auth, "config": opencode_config(settings.default_token_limit)}
+    command = ["sh", "-c", f'{ask}; printf %s "$LLMGATE_API_KEY"']
+    return {"auth": {"command": command, "env": "LLMGATE_API_KEY"}, "config": opencode_config()}
 
 
 @routes.before_app_request
@@ -1604,8 +1599,8 @@ def end_request(response: Response) -> Response:
     response.headers.setdefault("Cache-Control", "no-store")
     if "relay" not in g:
         name, ms = getattr(g.get("caller"), "username", "-"), (time.monotonic() - g.started) * 1000
-        what = (g.request_id, name, request.method, quote(request.path), response.status_code, ms)
-        log.info("%s %s %s %s %d, end %d ms", *what)
+        what = f"{request.method} {quote(request.path)} {response.status_code}"
+        log.info("%s %s %s, end %d ms", g.request_id, name, what, ms)
     return response
 
 
@@ -1620,10 +1615,8 @@ def load_secret(settings: Settings, ledger: Ledger) -> str:
         return settings.jwt_secret_key
     path = Path(SECRET_FILE)
     if not path.exists() and ledger.query("SELECT id FROM users LIMIT 1"):
-        raise SettingsError(
-            f"{SECRET_FILE} is missing, but there are users: bring it back, or let all of them "
-            f"make new keys after: (umask 077; openssl rand -hex 32 > {SECRET_FILE})"
-        )
+        why = "bring it back, or let all users make new keys after: openssl rand -hex 32"
+        raise SettingsError(f"{SECRET_FILE} is missing, but there are users: {why} > {SECRET_FILE}")
     with suppress(FileExistsError):
         path.touch(0o600, exist_ok=False)
         path.write_text(secrets.token_hex(32))
@@ -1656,8 +1649,7 @@ class Gate(Flask):
             options |= {"pool_size": 16, "max_overflow": 48, "pool_timeout": DB_TIMEOUT_S}
             options |= {"pool_pre_ping": True, "connect_args": POSTGRESQL_OPTIONS}
         else:  # the ledger keeps connections; a transaction begins where we say
-            connect_args: JSONObject = {"isolation_level": None, "timeout": DB_TIMEOUT_S}
-            connect_args["check_same_thread"] = False
+            connect_args = {"isolation_level": None, "check_same_thread": False}
             options |= {"poolclass": sa.NullPool, "connect_args": connect_args}
         self.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
         self.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
@@ -1676,10 +1668,6 @@ class Gate(Flask):
         self.keyring = Keyring(load_secret(settings, self.ledger), settings.jwt_expiration_hours)
         self.throttle, self.upstreams = Throttle(), Upstreams(settings)
         self.watcher = Watcher(self.ledger, self.upstreams)
-        keys = "SELECT nonce, key_hash FROM api_keys WHERE revoked_at IS NULL LIMIT 1"
-        if any(self.keyring.shown(*key) is None for key in self.ledger.query(keys)):
-            log.warning("the secret has changed: stored keys work, but cannot be shown again.")
-            log.warning("Do all gates of this database have one JWT_SECRET_KEY?")
 
 
 class LineFormatter(logging.Formatter):
@@ -1705,15 +1693,10 @@ class JSONErrorTask(waitress.task.ErrorTask):
     def execute(self) -> None:
         """Writes the error and closes the connection."""
         error = APIError(CODES.get(self.request.error.code, "bad_request"))
-        body = error.body()
-        self.status, self.content_length = (
-            f"{error.status} {HTTPStatus(error.status).phrase}",
-            len(body),
-        )
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.response_headers.append(("X-Request-Id", secrets.token_hex(16)))
-        self.set_close_on_finish()
-        self.write(body)
+        status = f"{error.status} {http.client.responses[error.status]}"
+        headers = [("Content-Type", "application/json"), ("X-Request-Id", secrets.token_hex(16))]
+        self.request.error.to_response = lambda _: (status, headers, error.body())
+        super().execute()
 
 
 class Parser(waitress.parser.HTTPRequestParser):
@@ -1733,7 +1716,7 @@ class Channel(waitress.channel.HTTPChannel):
     error_task_class, parser_class = JSONErrorTask, Parser
 
 
-WAITRESS = {
+WAITRESS: JSONObject = {
     "asyncore_use_poll": True,  # select() ends the process at descriptor 1024
     "channel_request_lookahead": 1,  # or a vanished caller is seen only when written to
     "connection_limit": 4000,
@@ -1751,9 +1734,9 @@ def bind(settings: Settings) -> socket.socket:
         listening = socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
         raise SettingsError(f"HOST and PORT must be free: {error.strerror}") from None
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: gives up a caller who never reads
-        timeout_ms = settings.upstream_timeout * 1000
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+    # Gives up a caller who never reads.
+    timeout_ms = settings.upstream_timeout * 1000
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     return listening
 
 
@@ -1761,7 +1744,6 @@ class Server:
     """One gate on a bound socket: serving in run(), ended by drain() from any thread."""
 
     def __init__(self, settings: Settings, listening: socket.socket) -> None:
-        self.settings = settings
         self.handler: logging.Handler = logging.StreamHandler()
         if settings.log_file != "-":
             try:
@@ -1775,45 +1757,43 @@ class Server:
         self.app = Gate(settings)
         host, port = listening.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        options: JSONObject = {"threads": settings.threads, "sockets": [listening]}
+        options = WAITRESS | {"threads": settings.threads, "sockets": [listening]}
         options["max_request_body_size"] = settings.max_body_mb << 20
         if settings.trusted_proxy:
             names = {f"x-forwarded-{name}" for name in ("for", "host", "proto", "port")}
             options |= {"trusted_proxy": settings.trusted_proxy, "trusted_proxy_headers": names}
-        self.sockets: dict[int, Any] = {}  # of waitress's loop
-        self.left: dict[int, Any] = {}  # those to close when the loop has ended
-        self.waitress = waitress.server.create_server(self.app, self.sockets, **WAITRESS, **options)
+        self.sockets: dict[int, Any] = {}  # waitress's loop runs while it has any
+        self.waitress = waitress.server.create_server(self.app, self.sockets, **options)
         self.waitress.channel_class = Channel
-        self.drainer = threading.Thread(target=self._drain, name="drain")
 
     def run(self) -> None:
         """Serves until drain() has ended it and all is booked."""
         watcher = self.app.watcher
         watcher.start()
-        try:
-            self.waitress.run()
-            self.drainer.join()  # it may still be pulling the trigger that is closed now
-            self.waitress.task_dispatcher.shutdown()
-            self.waitress.asyncore.close_all(self.left)
-        finally:
-            watcher.stopping.set()
-            watcher.join()
-            with suppress(APIError, *watcher.ledger.errors):
-                watcher.upkeep()
-            watcher.ledger.close()
-            log.removeHandler(self.handler)
-            with suppress(OSError):  # a full disk
-                self.handler.close()
+        self.waitress.run()
+        self.drainer.join()  # it may still be pulling the trigger that is closed now
+        self.waitress.task_dispatcher.shutdown()
+        self.waitress.asyncore.close_all(self.waitress.active_channels)
+        self.waitress.close()
+        watcher.stopping.set()
+        watcher.join()
+        with suppress(APIError, *watcher.ledger.errors):
+            watcher.upkeep()
+        watcher.ledger.close()
+        log.removeHandler(self.handler)
+        with suppress(OSError):  # a full disk
+            self.handler.close()
 
     def drain(self, grace_s: float = 30) -> None:
         """Refuses new relays from now on, breaks off the running ones after `grace_s`, then stops."""
-        self.app.draining, self.grace_s = True, grace_s
+        self.app.draining = True
+        self.drainer = threading.Thread(target=self._drain, args=(grace_s,), name="drain")
         self.drainer.start()
 
-    def _drain(self) -> None:
+    def _drain(self, grace_s: float) -> None:
         """The rest of drain(), beside waitress, which goes on serving meanwhile."""
         running, channels = self.app.watcher.running, self.waitress.active_channels
-        wait_until(lambda: not running, self.grace_s)
+        wait_until(lambda: not running, grace_s)
         for relay in list(running):
             relay.cut_by = APIError("draining")
             relay.shutdown(socket.SHUT_RDWR)
@@ -1823,12 +1803,7 @@ class Server:
         wait_until(
             lambda: not any(c.requests or c.total_outbufs_len for c in [*channels.values()]), 2
         )
-        self.waitress.trigger.pull_trigger(self._leave_loop)
-
-    def _leave_loop(self) -> None:
-        """Ends waitress's loop, which runs while it has sockets."""
-        self.left = dict(self.sockets)
-        self.sockets.clear()
+        self.waitress.trigger.pull_trigger(self.sockets.clear)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -1838,47 +1813,37 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+
+
 def forked(count: int) -> int:
     """Returns 1, 2, ... in as many new processes; looks after them here: a dead one is replaced.
 
     They share what is open, the listening socket, so nothing else may be: no thread, no database.
+    SIGNALS are blocked from here on: sigwait() takes them, a new process when it has its handlers.
     """
-    parent, numbers, signals = os.getpid(), list(range(1, count + 1)), list[int]()
-    running: dict[int, int] = {}  # {process id: number}
-
-    def pass_on(number: int, _: object) -> None:
-        if os.getpid() != parent:  # a new process, which has no handler of its own yet
-            sys.exit()
-        signals.append(number)
-        for pid in running:
-            os.kill(pid, signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, pass_on)
-    while numbers or running:
-        while numbers:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    missing, running, ending = list(range(1, count + 1)), dict[int, int](), False
+    while missing or running:
+        while missing:
             if not (pid := os.fork()):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-                return numbers[0]
-            running[pid] = numbers.pop(0)
-            if signals:  # it came between these two lines
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end with the parent
+                return missing[0]
+            running[pid] = missing.pop(0)
+        if signal.sigwait(SIGNALS) != signal.SIGCHLD:
+            ending = True
+            for pid in running:
                 os.kill(pid, signal.SIGTERM)
-        pid, status = os.wait()
-        number, code = running.pop(pid), os.waitstatus_to_exitcode(status)
-        if code == 2 and not signals:  # a setting is wrong
-            pass_on(signal.SIGTERM, None)
-        if not signals:
-            click.echo(f"Process {number} ended ({code}); starting another.", err=True)
-            time.sleep(1)
-            numbers.append(number)
+        while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            number, code = running.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])
+            if code == 2 and not ending:  # a setting is wrong
+                ending = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif not ending:
+                click.echo(f"Process {number} ended ({code}); starting another.", err=True)
+                time.sleep(1)
+                missing.append(number)
     sys.exit(code)
-
-
-def end_with(parent: int) -> None:
-    """Ends this process like SIGTERM when its parent is no more."""
-    wait_until(lambda: os.getppid() != parent, float("inf"))
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def serve(settings: Settings) -> None:
@@ -1901,8 +1866,9 @@ def serve(settings: Settings) -> None:
         server.drain()
 
     signal.signal(signal.SIGTERM, end)
-    if settings.processes == 1:  # else Ctrl-C reaches all, and the first of them passes it on
-        signal.signal(signal.SIGINT, end)
+    # A terminal's Ctrl-C reaches all processes, and the first one passes it on.
+    signal.signal(signal.SIGINT, end if settings.processes == 1 else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # 1024 would be too few for 500 relays
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536), most))
     if number == 1:
@@ -1913,17 +1879,17 @@ def serve(settings: Settings) -> None:
 
 def banner(server: Server) -> str:
     """The first lines: where the gate is, what it found, what to type next."""
-    settings, upstreams = server.settings, server.app.upstreams
-    names = ", ".join(upstreams.models())
-    urls = ", ".join(upstream.url for upstream in upstreams if upstream.up or not names)
+    app = server.app
+    urls = ", ".join(upstream.url for upstream in app.upstreams)
     start_one = f"none yet at {urls}\n          start one: vllm serve MODEL --port 8001"
-    closed = "closed; make accounts with: python llmgate.py create-user NAME"
-    curl = f"""curl {server.url}/auth/register -H 'Content-Type: application/json' \\
+    to_register = f"""curl {server.url}/auth/register -H 'Content-Type: application/json' \\
           -d '{{"username":"alice","password":"correct horse"}}'"""
+    if app.settings.registration == "closed":
+        to_register = "closed; make accounts with: python llmgate.py create-user NAME"
     return f"""llmgate   {server.url}
-models    {f"{names} at {urls}" if names else start_one}
-database  {sa.make_url(settings.database_url).render_as_string()}, log {settings.log_file}
-register  {closed if settings.registration == "closed" else curl}"""
+models    {", ".join(app.upstreams.models()) or start_one}
+database  {app.ledger.engine.url}
+register  {to_register}"""
 
 
 @click.group(invoke_without_command=True)
@@ -1948,25 +1914,25 @@ def cli(context: click.Context) -> None:
 
 
 NAME = click.argument("name")
+NAME_OR_ALL = click.argument("name", required=False)
 TOKENS = click.IntRange(1, MAX_BIGINT)
 
 
-def accounts(name: str | None = None) -> list[Caller]:
+def accounts(name: str | None) -> list[Caller]:
     """The account of a name, or all of them; a click error if nobody has the name."""
-    sql = (
-        CALLER
-        + "ON k.id = 0 WHERE lower(username) = coalesce(:name, lower(username)) ORDER BY u.id"
-    )
-    found = [Caller(*row) for row in gate().ledger.query(sql, name=name and name.lower())]
+    everyone = gate().ledger.query(CALLER + "ON k.id = 0 ORDER BY u.id")
+    found = [Caller(*row) for row in everyone if name is None or row[1].lower() == name.lower()]
     if name and not found:
         raise click.ClickException(f"There is no user {name!r}; see: python llmgate.py users")
     return found
 
 
-def update_account(name: str, assignments: str, value: object) -> None:
-    """UPDATEs an account's row by these SQL assignments of :value."""
+def update(name: str, said: str, assignments: str, value: object) -> None:
+    """UPDATEs an account's row by these SQL assignments of :value, and says so."""
+    (user,) = accounts(name)
     sql = f"UPDATE users SET {assignments} WHERE id = :id RETURNING id"
-    gate().ledger.write(sql, value=value, id=accounts(name)[0].id)
+    gate().ledger.write(sql, value=value, id=user.id)
+    click.echo(f"{user.username} {said}.")
 
 
 def asked_password() -> str:
@@ -1976,14 +1942,8 @@ def asked_password() -> str:
     return sys.stdin.readline().rstrip("\n")
 
 
-def echo_drawn(text: str) -> None:
-    """Prints a text with bars."""
-    blocks = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
-    click.echo(text if blocks else text.translate(str.maketrans("█░", "#.")))
-
-
-@cli.command("create-tables")
-def create_tables_command() -> None:
+@cli.command()
+def create_tables() -> None:
     """Make the tables and the secret where they are missing."""
     click.echo("The tables are there.")
 
@@ -2001,19 +1961,19 @@ def create_user(name: str, token_limit: int | None) -> None:
 def users() -> None:
     """List all accounts with their quotas."""
     click.echo(f"{'id':>5} {'username':<24} {'used':>13} {'limit':>13}")
-    for user in accounts():
+    for user in accounts(None):
         used, limit = user.tokens_used, user.token_limit
         drawn = bar(used, limit, 12) + (" disabled" if user.disabled_at else "")
-        echo_drawn(f"{user.id:>5} {user.username[:24]:<24} {used:>13,} {limit:>13,} {drawn}")
+        click.echo(f"{user.id:>5} {user.username[:24]:<24} {used:>13,} {limit:>13,} {drawn}")
 
 
 @cli.command()
-@click.argument("name", required=False)
+@NAME_OR_ALL
 @click.option("--days", type=click.IntRange(1, 366), default=30, show_default=True)
 def usage(name: str | None, days: int) -> None:
     """Draw the usage of one account, or of all."""
     for user in accounts(name):
-        echo_drawn(drawn_usage(user.username, usage_report(gate().ledger, user, days)))
+        click.echo(drawn_usage(user.username, usage_report(gate().ledger, user, days)))
 
 
 @cli.command()
@@ -2021,28 +1981,25 @@ def usage(name: str | None, days: int) -> None:
 @click.argument("token_limit", type=TOKENS)
 def set_limit(name: str, token_limit: int) -> None:
     """Set the quota of an account, in tokens."""
-    update_account(name, "token_limit = :value", token_limit)
-    click.echo(f"{name} may use {token_limit:,} tokens.")
+    update(name, f"may use {token_limit:,} tokens", "token_limit = :value", token_limit)
 
 
 @cli.command()
 @NAME
 def disable(name: str) -> None:
     """Refuse an account's keys and logins from now on."""
-    update_account(name, "disabled_at = :value", int(time.time()))
-    click.echo(f"{name} is disabled.")
+    update(name, "is disabled", "disabled_at = :value", int(time.time()))
 
 
 @cli.command()
 @NAME
 def enable(name: str) -> None:
     """Let a disabled account in again, with the same keys."""
-    update_account(name, "disabled_at = :value", None)
-    click.echo(f"{name} is enabled.")
+    update(name, "is enabled", "disabled_at = :value", None)
 
 
 @cli.command("reset-usage")
-@click.argument("name", required=False)
+@NAME_OR_ALL
 @click.option("--all", "everyone", is_flag=True, help="All accounts.")
 def reset_usage_command(name: str | None, everyone: bool) -> None:
     """Set the used tokens to 0; the rows stay, balanced by one more."""
@@ -2050,17 +2007,17 @@ def reset_usage_command(name: str | None, everyone: bool) -> None:
         raise click.UsageError("Give a NAME, or --all.")
     for user in accounts(name):
         reset_usage(gate().ledger, user.id)
-    click.echo(f"{name or 'Everyone'} begins again at 0 tokens.")
+        click.echo(f"{user.username} begins again at 0 tokens.")
 
 
-@cli.command("set-password")
+@cli.command()
 @NAME
-def set_password_command(name: str) -> None:
+def set_password(name: str) -> None:
     """Set a password (asked, or on stdin) and end the account's JWTs."""
-    password = accounts(name) and asked_password()
+    accounts(name)  # or a password would be asked for nobody
+    hashed = hash_password(asked_password())
     assignments = "password_hash = :value, jwt_version = jwt_version + 1"
-    update_account(name, assignments, hash_password(password))
-    click.echo(f"{name} has a new password.")
+    update(name, "has a new password", assignments, hashed)
 
 
 @cli.command()
@@ -2080,6 +2037,7 @@ SELECT username, tokens_used, coalesce(sum(r.prompt_tokens + r.completion_tokens
 def main() -> None:
     """The command line; what the operator can mend is one line and exit status 2."""
     os.umask(0o077)  # database, -wal, -shm, log and secret are the gate's alone
+    cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know no bars
     try:
         cli()
     except (SettingsError, APIError, OSError) as error:
