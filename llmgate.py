@@ -711,25 +711,31 @@ INSERT INTO usage (request_id, user_id, model, endpoint, status, prompt_tokens, 
 
 
 SUMS = ("requests", "prompt_tokens", "completion_tokens")
-USAGE_BY = """
-SELECT {}, count(*), CAST(sum(prompt_tokens) AS BIGINT), CAST(sum(completion_tokens) AS BIGINT)
- FROM usage WHERE user_id = :user_id AND created_at >= :since AND model <> '' GROUP BY 1 ORDER BY 1"""
+USAGE_BY_DAY = """
+SELECT created_at / 86400, model, api_key_id, count(*), CAST(sum(prompt_tokens) AS BIGINT),
+ CAST(sum(completion_tokens) AS BIGINT) FROM usage WHERE user_id = :id AND model <> ''
+ AND created_at / 86400 >= :since GROUP BY created_at / 86400, model, api_key_id"""
 RECENT = """request_id, created_at, model, api_key_id, endpoint, stream, status, estimated, \
 prompt_tokens, completion_tokens, cached_tokens, first_byte_ms, duration_ms"""
 
 
 def usage_report(ledger: Ledger, caller: Caller, days: int) -> JSONObject:
     """The report of contract section 5 over the last `days` days (UTC); counts are tokens."""
-    since = (int(time.time()) // 86400 - days + 1) * 86400
+    rows = ledger.query(USAGE_BY_DAY, id=caller.id, since=int(time.time()) // 86400 - days + 1)
     names = dict(ledger.query("SELECT id, name FROM api_keys WHERE user_id = :id", id=caller.id))
-    sql = f"SELECT {RECENT} FROM usage WHERE user_id = :id AND model <> ''"
-    recent = ledger.query(f"{sql} ORDER BY created_at DESC LIMIT 20", id=caller.id)
+    sql = f"SELECT {RECENT} FROM usage WHERE user_id = :id AND model <> '' ORDER BY"
+    sql = f"{sql} created_at / 86400 DESC, created_at DESC LIMIT 20"
+    recent = ledger.query(sql, id=caller.id)
 
-    def by(column: str, name: str, shown: Callable[[Any], object]) -> list[JSONObject]:
-        rows = ledger.query(USAGE_BY.format(column), user_id=caller.id, since=since)
-        return [{name: shown(row[0])} | dict(zip(SUMS, row[1:], strict=True)) for row in rows]
+    def by(column: int, name: str, shown: Callable[[Any], object]) -> list[JSONObject]:
+        sums: dict[Any, list[int]] = {}
+        for row in rows:
+            so_far = sums.get(row[column], [0, 0, 0])
+            sums[row[column]] = [a + b for a, b in zip(so_far, row[3:], strict=True)]
+        lines = sorted(sums.items())
+        return [{name: shown(of)} | dict(zip(SUMS, line, strict=True)) for of, line in lines]
 
-    by_model = by("model", "model", str)
+    by_model = by(1, "model", str)
     return {
         "tokens_used": caller.tokens_used,
         "token_limit": caller.token_limit,
@@ -737,8 +743,8 @@ def usage_report(ledger: Ledger, caller: Caller, days: int) -> JSONObject:
         "reserved": caller.tokens_reserved,
         "requests": sum(row["requests"] for row in by_model),
         "by_model": by_model,
-        "by_key": by("api_key_id", "key", names.get),
-        "by_day": by("created_at / 86400", "date", lambda day: str(date.fromordinal(719163 + day))),
+        "by_key": by(2, "key", names.get),
+        "by_day": by(0, "date", lambda day: str(date.fromordinal(719163 + day))),
         "recent": [dict(zip(RECENT.split(", "), row, strict=True)) for row in recent],
     }
 
@@ -1668,6 +1674,9 @@ class Gate(Flask):
         self.keyring = Keyring(load_secret(settings, self.ledger), settings.jwt_expiration_hours)
         self.throttle, self.upstreams = Throttle(), Upstreams(settings)
         self.watcher = Watcher(self.ledger, self.upstreams)
+        newest = "SELECT nonce, key_hash FROM api_keys ORDER BY id DESC LIMIT 1"
+        if any(self.keyring.shown(*key) is None for key in self.ledger.query(newest)):
+            log.warning("Another secret made the newest key: do all gates have one JWT_SECRET_KEY?")
 
 
 class LineFormatter(logging.Formatter):
