@@ -15,7 +15,6 @@ A watcher thread looks after running relays. Each part of the file uses only the
 # mypy: disable-error-code="import-untyped, misc"
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import gc
 import hashlib
@@ -1836,6 +1835,8 @@ def forked(count: int) -> int:
     while missing or running:
         while missing:
             if not (pid := os.fork()):
+                import ctypes  # a megabyte that only several processes need
+
                 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end with the parent
                 return missing[0]
             running[pid] = missing.pop(0)
