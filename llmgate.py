@@ -1309,7 +1309,8 @@ def answered(relay: Relay, answer: http.client.HTTPResponse) -> Response:
             raise APIError("upstream_error", why="its answer is not a JSON object")
         relay.meter.last = read_usage(value.get("usage"))
     relay.settle("ok" if status == 200 else "error")  # before the caller has it
-    relay.release(reuse=status == 200 and answer.length == 0 and not answer.will_close)
+    whole = status == 200 and answer.length == 0 and not answer.will_close
+    relay.release(reuse=whole and not relay.stream)
     return Response(bytes(body), status, content_type=content_type)
 
 
