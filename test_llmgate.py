@@ -25,6 +25,7 @@ import gzip
 import hmac
 import http.client
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -3332,10 +3333,6 @@ def test_start_that_cannot_be_is_one_line(
     (tmp_path / "other").mkdir()
     assert "JWT_SECRET_KEY" in refusal(tmp_path / "other", JWT_SECRET_KEY="short")
     assert "LOG_FILE" in refusal(tmp_path / "other", LOG_FILE="/no-such-directory/server.log")
-    away = {"DATABASE_URL": "postgresql+psycopg://nobody@/x?host=/no-such-directory"}
-    away["JWT_SECRET_KEY"] = "x" * 32
-    # Exit status 1, not 2: a service manager shall try again.
-    assert "PostgreSQL does not answer" in refusal(tmp_path / "other", 1, **away)
     gate = start_process()
     register(gate)
     port = gate.address[1]
@@ -3344,6 +3341,16 @@ def test_start_that_cannot_be_is_one_line(
     (tmp_path / "llmgate.secret").unlink()
     assert "llmgate.secret" in refusal(tmp_path)
     assert not (tmp_path / "llmgate.secret").exists()
+
+
+def test_start_without_its_database_may_be_tried_again(tmp_path: Path) -> None:
+    """Exit status 1, not 2, for a service manager; without psycopg, 2 and what to install."""
+    away = {"DATABASE_URL": "postgresql+psycopg://nobody@/x?host=/no-such-directory"}
+    away["JWT_SECRET_KEY"] = "x" * 32
+    if importlib.util.find_spec("psycopg"):
+        assert "PostgreSQL does not answer" in refusal(tmp_path, 1, **away)
+    else:
+        assert "pip install 'psycopg[binary]'" in refusal(tmp_path, 2, **away)
 
 
 def test_public_address_closes_registration() -> None:
@@ -3429,7 +3436,8 @@ def test_usage_report_shows_what_is_reserved(gate: Gate) -> None:
     """While an answer runs, its worst case is held."""
     user = register(gate)
     with chat(gate, user.key, "silent", stream=True, max_tokens=100) as running:
-        next(stream_events(running))
+        events = stream_events(running)  # held: a generator that is dropped closes its connection
+        next(events)
         report = call(gate, "GET", "/users/usage", user.key).json()
         assert report["reserved"] >= 100
         assert report["recent"][0]["status"] == "pending"
