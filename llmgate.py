@@ -32,6 +32,7 @@ import signal
 import socket
 import ssl
 import string
+import struct
 import sys
 import threading
 import time
@@ -789,7 +790,7 @@ def translated() -> Iterator[None]:
     """502 when the connection to vLLM breaks off or makes no sense, 504 when it is silent."""
     try:
         yield
-    except TimeoutError:
+    except (TimeoutError, BlockingIOError):  # by settimeout(), by the kernel
         raise APIError("upstream_timeout") from None
     except (OSError, ValueError):
         raise APIError("upstream_error", why="it broke the connection off") from None
@@ -910,7 +911,9 @@ class Upstream:
         except OSError:
             self.up, self.continuous = False, {}  # the next to come may be another server
             raise ConnectionRefusedError from None
-        sock.settimeout(self.timeout_s)
+        sock.settimeout(self.timeout_s if self.tls else None)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # no poll() before each read
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", self.timeout_s, 0))
         return sock
 
     def send(self, sock: socket.socket, path: str, body: bytes, headers: str = "") -> Answer:
