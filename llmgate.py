@@ -822,7 +822,8 @@ class Answer:
         }
         self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
         self.left = -1 if self.chunked else int(self.headers.get("content-length", -1))
-        self.keeps_open = version == "HTTP/1.1" and self.headers.get("connection") != "close"
+        closes = self.headers.get("connection", "").lower() == "close"
+        self.keeps_open = version == "HTTP/1.1" and not closes
 
     def _more(self) -> bytes:
         """What arrives next; ConnectionError at the end."""

@@ -2563,6 +2563,60 @@ def test_true_count_above_the_claim_is_charged(gate: Gate) -> None:
         assert meter.counts().total == charged
 
 
+class Wire:
+    """A connection from which so many bytes at a time arrive."""
+
+    def __init__(self, sent: bytes, at_a_time: int) -> None:
+        """Keep what the other side has sent before it closed."""
+        self.sent, self.at_a_time = sent, at_a_time
+
+    def recv(self, most: int) -> bytes:
+        """Return what is next; nothing at the end."""
+        now = self.sent[: min(most, self.at_a_time)]
+        self.sent = self.sent[len(now) :]
+        return now
+
+
+OK_200 = b"HTTP/1.1 200 OK\r\n"
+WIRES: dict[bytes, tuple[bytes, bool]] = {  # what the body is, and whether another may follow
+    OK_200 + b"Content-Length: 5\r\n\r\nhello": (b"hello", True),
+    OK_200 + b"content-length:0\r\n\r\n": (b"", True),
+    b"HTTP/1.1 100 Continue\r\n\r\n" + OK_200 + b"Content-Length: 2\r\n\r\nhi": (b"hi", True),
+    OK_200 + b"Connection: Close\r\nContent-Length: 2\r\n\r\nhi": (b"hi", False),
+    b"HTTP/1.0 200 OK\r\n\r\nto the end": (b"to the end", False),
+    OK_200 + b"Transfer-Encoding: Chunked\r\n\r\n2\r\nhe\r\n03;x=1\r\nllo\r\n0\r\n\r\n": (
+        b"hello",
+        False,
+    ),
+}
+BROKEN_WIRES = [
+    b"",
+    b"no HTTP\r\n\r\n",
+    OK_200 + b"no end: of headers",
+    OK_200 + b"x: y" * 20_000,
+    OK_200 + b"Content-Length: five\r\n\r\nhello",
+    OK_200 + b"Content-Length: 9\r\n\r\nhello",
+    OK_200 + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel",
+    OK_200 + b"Transfer-Encoding: chunked\r\n\r\nfive\r\nhello",
+    OK_200 + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n" + b"1" * 200,
+]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 10**6])
+def test_answer_is_read_however_it_arrives(at_a_time: int) -> None:
+    """By its length, in chunks, to the end; what breaks off is never taken for whole."""
+    for sent, (body, another) in WIRES.items():
+        answer = llmgate.Answer(cast(socket.socket, Wire(sent, at_a_time)))
+        assert (answer.status, llmgate.whole(answer.pieces())) == (200, body), sent
+        assert (answer.left == 0 and answer.keeps_open) == another, sent
+    too_much = Wire(OK_200 + b"Content-Length: 2\r\n\r\nhi, and more", 10**6)
+    answer = llmgate.Answer(cast(socket.socket, too_much))
+    assert llmgate.whole(answer.pieces()) == b"hi" and answer.left < 0
+    for sent in BROKEN_WIRES:
+        with pytest.raises((OSError, ValueError)):
+            llmgate.whole(llmgate.Answer(cast(socket.socket, Wire(sent, at_a_time))).pieces())
+
+
 def begin_request(gate: ThreadedGate, request_id: str, claim: llmgate.Claim) -> llmgate.Caller:
     """Reserve as a relay of the only user does, for tests of the booking alone."""
     ledger = gate.server.app.ledger
