@@ -3157,6 +3157,15 @@ def test_hundred_streams_run_side_by_side(start_process: Callable[..., ProcessGa
     assert best < 1, rounds
 
 
+def test_refusal_keeps_the_connection_that_writes(gate: ThreadedGate) -> None:
+    """A caller at the end of the quota does not make all others wait for a new one."""
+    user = register(gate, token_limit=5)
+    ledger = gate.server.app.ledger
+    before = list(ledger._writers)
+    assert_error(chat(gate, user.key, max_tokens=50), 429, "insufficient_quota")
+    assert ledger._writers == before and len(before) == 1
+
+
 def test_seventeenth_request_of_a_user_is_refused(gate: Gate) -> None:
     """Case 36: one user does not take all threads; another one is served."""
     user, other = register(gate), register(gate)
@@ -4401,6 +4410,41 @@ def nginx_config(directory: Path, port: int, gates: list[Gate]) -> str:
     )
 
 
+def make_certificate(directory: Path) -> None:
+    """Write key.pem and cert.pem for localhost."""
+    arguments = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 1"
+    arguments += " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    arguments += f" -keyout {directory}/key.pem -out {directory}/cert.pem"
+    subprocess.run(["openssl", *arguments.split()], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+def test_vllm_behind_tls(tmp_path: Path) -> None:
+    """Plain, streamed, and left: what it has counted by then is charged here, too."""
+    make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    secure = Upstream()
+    secure.socket = context.wrap_socket(secure.socket, server_side=True)
+    url = f"https://localhost:{secure.server_address[1]}"
+    env = {"PORT": "0", "VLLM_ENDPOINT": url, "VLLM_API_KEY": UPSTREAM_KEY}
+    env["SSL_CERT_FILE"] = str(tmp_path / "cert.pem")
+    with secure:
+        gate = ProcessGate(env, tmp_path, secure)
+        try:
+            user = register(gate)
+            assert chat(gate, user.key).status_code == 200
+            assert streamed(gate, user.key)[-1] == b"data: [DONE]\n\n"
+            for _ in range(5):
+                with chat(gate, user.key, "paced", stream=True) as running:
+                    next(running.iter_content(100))
+            gate.settle()
+            assert Counter(row.status for row in gate.usage()) == {"ok": 2, "aborted": 5}
+            gate.stop()
+        finally:
+            gate.kill()
+
+
 @pytest.fixture
 def start_nginx(tmp_path: Path, upstream: Upstream) -> Iterator[Callable[..., Gate]]:
     """Starts nginx in front of gates; what it gives is used like a gate, by https. Once a test."""
@@ -4410,10 +4454,7 @@ def start_nginx(tmp_path: Path, upstream: Upstream) -> Iterator[Callable[..., Ga
 
         def start(*gates: Gate) -> Gate:
             directory.mkdir()
-            arguments = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 1"
-            arguments += " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-            arguments += f" -keyout {directory}/key.pem -out {directory}/cert.pem"
-            subprocess.run(["openssl", *arguments.split()], check=True, capture_output=True)
+            make_certificate(directory)
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
             config = directory / "nginx.conf"
@@ -4707,7 +4748,7 @@ class BenchPlan:
     """How long to measure what."""
 
     rounds: int = 3
-    seconds: float = 1.0  # of each measurement
+    seconds: float = 0.8  # of each measurement
     ramp_s: float = 0.01  # between the starts of two streams
     pause_s: float = 0.4  # until a server is at rest
     rungs: tuple[int, ...] = (25, 50, 100, 150, 200)  # streams at a time
