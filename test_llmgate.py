@@ -4346,7 +4346,7 @@ def test_ten_minutes_of_mixed_load(start_process: Callable[..., ProcessGate]) ->
     for later in sizes[1:]:
         assert later[0] < kilobytes + 30_000
         assert later[1] <= descriptors + 12  # SQLite's, of callers who read at the same time
-        assert later[2] <= threads + 5
+        assert later[2] <= threads + 12  # started for callers at the same time
 
 
 def thread_count(gate: ProcessGate) -> int:
