@@ -259,10 +259,8 @@ def show_error(error: Exception) -> Response:
 # costs a tenth of an ORM session's, and one way to the database is enough.
 
 db = SQLAlchemy()
-# No checkpoint by itself: the watcher makes them, where no caller waits. A page cache of 500 KB for
-# each connection, a quarter of the usual: there is one for each caller who reads at the same time.
-PRAGMAS = """PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON; PRAGMA wal_autocheckpoint = 0;
-PRAGMA cache_size = -500"""
+# No checkpoint by itself: the watcher makes them, where no caller waits.
+PRAGMAS = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON; PRAGMA wal_autocheckpoint = 0"
 
 
 @contextmanager
