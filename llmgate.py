@@ -44,7 +44,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote, urlsplit
 
 import bcrypt
@@ -68,7 +68,7 @@ LEASE_S = 20  # a pending row whose gate has not renewed it for so long is taken
 UPKEEP_S = 2  # between two rounds of checkpoints, leases and recovery
 LAST_WORDS_S = 0.6  # how long vLLM may take to notice that its caller has gone
 DB_TIMEOUT_S = 5  # waiting for the database's write lock
-MAX_LOG_PAGES = 4000  # 16 MB: in a longer log SQLite takes long to find a page
+MAX_LOG_PAGES = 4000  # 8 MB: in a longer log SQLite takes long to find a page
 CONNECT_TIMEOUT_S = 2
 MODELS_TTL_S = 10  # age at which a list of models is fetched anew
 MAX_EVENT_BYTES, MAX_ANSWER_BYTES = 4 << 20, 256 << 20
@@ -259,19 +259,33 @@ def show_error(error: Exception) -> Response:
 # costs a tenth of an ORM session's, and one way to the database is enough.
 
 db = SQLAlchemy()
-# No checkpoint by itself: the watcher makes them, where no caller waits.
-PRAGMAS = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON; PRAGMA wal_autocheckpoint = 0"
+# Each of the nine pages that a request writes goes to the log whole, so they are half the usual
+# size. No checkpoint by itself: the watcher makes them, where no caller waits.
+PRAGMAS = """PRAGMA page_size = 2048; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;
+PRAGMA wal_autocheckpoint = 0"""
 
 
-@contextmanager
-def in_turn(turn: threading.Semaphore | threading.Lock, wait_s: int, code: str) -> Iterator[None]:
-    """Holds one of the turns; 503 with this code when none comes in time."""
-    if not turn.acquire(timeout=wait_s):
-        raise APIError(code)
-    try:
-        yield
-    finally:
-        turn.release()
+class Turn:
+    """One of a few places, held for a `with`; 503 with this code when none is free in time."""
+
+    def __init__(
+        self, places: threading.Semaphore | threading.Lock, wait_s: int, code: str
+    ) -> None:
+        self.places, self.wait_s, self.code = places, wait_s, code
+        self.folder = 0  # open; locked, too, where other processes take turns
+
+    def __enter__(self) -> None:
+        """Waits for a place."""
+        if not self.places.acquire(timeout=self.wait_s):
+            raise APIError(self.code)
+        if self.folder:
+            fcntl.flock(self.folder, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        """Gives it back."""
+        if self.folder:
+            fcntl.flock(self.folder, fcntl.LOCK_UN)
+        self.places.release()
 
 
 @cache
@@ -293,10 +307,11 @@ class Ledger:
         self._checked_at = 0  # when the log was last written before a checkpoint (ns)
         self._readers: list[Any] = []  # SQLite's connections that nobody uses now
         self._writers: list[Any] = []  # its one writer: a write by another would empty its cache
-        self._turn = threading.Lock()
-        self._folder = 0  # the database's, open: other processes lock it, too
+        # SQLite's writers wait in line: by itself it sleeps and polls. PostgreSQL has locks of rows.
+        places = threading.Lock() if self.sqlite else threading.Semaphore(1000)
+        self._turn = Turn(places, DB_TIMEOUT_S, "database_unavailable")
         if self.sqlite and shared:
-            self._folder = os.open(Path(engine.url.database or "").parent, os.O_RDONLY)
+            self._turn.folder = os.open(Path(engine.url.database or "").parent, os.O_RDONLY)
         if self.sqlite:
             sa.event.listen(engine, "connect", lambda made, _: made.executescript(PRAGMAS))
 
@@ -347,24 +362,9 @@ class Ledger:
                 connection.close()
 
     @contextmanager
-    def _in_turn(self) -> Iterator[None]:
-        """Lets SQLite's writers wait in line, threads and processes: SQLite itself sleeps and polls."""
-        with in_turn(self._turn, DB_TIMEOUT_S, "database_unavailable"):
-            if self._folder:
-                fcntl.flock(self._folder, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                if self._folder:
-                    fcntl.flock(self._folder, fcntl.LOCK_UN)
-
-    @contextmanager
     def transaction(self) -> Iterator[Execute]:
         """A write transaction: `execute(sql, {name: value})`. 503 when its turn does not come."""
-        with (
-            self._in_turn() if self.sqlite else nullcontext(),
-            self._cursor(self._writers) as execute,
-        ):
+        with self._turn, self._cursor(self._writers) as execute:
             if self.sqlite:
                 execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
             yield execute
@@ -380,7 +380,7 @@ class Ledger:
                 self._checked_at = written_at
                 ((_, pages, _),) = self.query("PRAGMA wal_checkpoint(PASSIVE)")
                 if pages > MAX_LOG_PAGES:  # for want of a quiet moment; what is left is little
-                    with self._in_turn():
+                    with self._turn:
                         self.query("PRAGMA wal_checkpoint(RESTART)")
 
     def close(self) -> None:
@@ -388,8 +388,8 @@ class Ledger:
         for connection in self._readers + self._writers:
             connection.close()
         self.engine.dispose()
-        if self._folder:
-            os.close(self._folder)
+        if self._turn.folder:
+            os.close(self._turn.folder)
 
     def query(self, sql: str, **values: object) -> list[Any]:
         """The rows of one SELECT, as tuples."""
@@ -398,13 +398,13 @@ class Ledger:
 
     def look_up(self, sql: str, **values: object) -> list[Any]:
         """query() for a few rows by an index: the writer, when it is free, has them in its cache."""
-        if not self.sqlite or not self._turn.acquire(blocking=False):
+        if not self.sqlite or not self._turn.places.acquire(blocking=False):
             return self.query(sql, **values)
         try:
             with self._cursor(self._writers) as execute:
                 return cast("list[Any]", execute(sql, values).fetchall())
         finally:
-            self._turn.release()
+            self._turn.places.release()
 
     def write(self, sql: str, **values: object) -> list[Any]:
         """One statement with RETURNING in a transaction of its own; its rows, as tuples."""
@@ -414,7 +414,7 @@ class Ledger:
 
 def gate() -> Gate:
     """The gate that serves the current request or command."""
-    return cast(Gate, current_app)
+    return cast(Gate, cast(Any, current_app)._get_current_object())  # the proxy costs each use
 
 
 # ---- 4 Accounts and keys --------------------------------------------------------------------------
@@ -425,11 +425,11 @@ BASE62 = string.digits + string.ascii_letters
 USERNAME = re.compile(r"[A-Za-z0-9_.-]{3,64}")
 BCRYPT_ROUNDS = 10  # OWASP's least, about 60 ms: 200 logins at once are done in seconds
 NOBODY = "$2b$10$abcdefghijklmnopqrstuu4T826PRnz0Hu6YlprUuxkZxOOj5Fw5S"  # costs like a real hash
-HASHING = threading.Semaphore(max(1, (os.cpu_count() or 2) - 1))  # a core for the streams
+# A core for the streams.
+HASHING = Turn(threading.Semaphore(max(1, (os.cpu_count() or 2) - 1)), 20, "overloaded")
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """Who asks, as plain values that need no database. Counts are tokens."""
 
     id: int
@@ -540,7 +540,7 @@ def hash_password(password: object, param: str = "password") -> str:
     encoded = utf8(password)
     if len(encoded.decode()) < 8 or len(encoded) > 72:
         raise APIError("invalid_value", param, must_be="a string of 8 characters to 72 bytes")
-    with in_turn(HASHING, 20, "overloaded"):
+    with HASHING:
         return bcrypt.hashpw(encoded, bcrypt.gensalt(BCRYPT_ROUNDS)).decode()
 
 
@@ -551,7 +551,7 @@ def log_in(username: object, password: object) -> tuple[int, int, str]:
     found = gate().ledger.query(sql, n=name) if USERNAME.fullmatch(name) else []
     gate().throttle.admit(name)  # not before: a lost database is nobody's wrong password
     user_id, jwt_version, stored, disabled_at = found[0] if found else (0, 0, NOBODY, None)
-    with in_turn(HASHING, 20, "overloaded"):
+    with HASHING:
         right = bcrypt.checkpw(encoded[:72], stored.encode()) and len(encoded) <= 72
     if not found or not right:
         raise APIError("invalid_credentials")
@@ -608,8 +608,7 @@ jwt_or_api_key_required = identified(by_key=None)
 # place. The counters move by nothing else, and only by SQL arithmetic under a guard.
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """What one answer cost, in tokens; `estimated` when vLLM's own count did not come."""
 
     prompt_tokens: int = 0
@@ -630,8 +629,7 @@ class Counts:
         return Counts(prompt, most - prompt, min(self.cached_tokens, prompt), estimated=1)
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """The worst case of one request, in tokens."""
 
     prompt: int  # an upper bound
@@ -711,7 +709,7 @@ def book(ledger: Ledger, request_id: str, status: str, counts: Counts, **times: 
         # The difference: so this serves checkpoints, the end, recovery and the late return, too.
         booked = counts.total - before
         kept = max(0, reserved - max(0, booked)) if status == "pending" else 0
-        row = {"request_id": request_id, "status": status, "reserved": kept, **vars(counts)}
+        row = {"request_id": request_id, "status": status, "reserved": kept, **counts._asdict()}
         row |= {"first_byte_ms": None, "duration_ms": None, **times}
         execute(UPDATE_ROW, row | {"lease_until": int(time.time()) + LEASE_S})
         execute(MOVE_TOKENS, {"user_id": user_id, "booked": booked, "released": reserved - kept})
@@ -779,7 +777,8 @@ TEMPLATE_FIELDS = (
     "model", "messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt",
     "continue_final_message", "add_special_tokens", "mm_processor_kwargs",
 )  # fmt: skip
-COUNTING = threading.Semaphore(16)  # calls of /tokenize at a time: they hold threads, and are free
+# Calls of /tokenize at a time: they hold threads, and are free.
+COUNTING = Turn(threading.Semaphore(16), 5, "overloaded")
 
 
 def parsed(text: bytes | bytearray) -> Any:
@@ -797,15 +796,21 @@ def encoded(body: JSONObject) -> bytes:
         raise APIError("invalid_json") from None
 
 
-@contextmanager
-def translated() -> Iterator[None]:
+class Translated:
     """502 when the connection to vLLM breaks off or makes no sense, 504 when it is silent."""
-    try:
-        yield
-    except (TimeoutError, BlockingIOError):  # by settimeout(), by the kernel
-        raise APIError("upstream_timeout") from None
-    except (OSError, ValueError):
-        raise APIError("upstream_error", why="it broke the connection off") from None
+
+    def __enter__(self) -> None:
+        """Nothing to begin."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """The error as the caller may see it."""
+        if isinstance(error, TimeoutError | BlockingIOError):  # by settimeout(), by the kernel
+            raise APIError("upstream_timeout") from None
+        if isinstance(error, OSError | ValueError):
+            raise APIError("upstream_error", why="it broke the connection off") from None
+
+
+translated = Translated()
 
 
 # A chunk's size, after the end of the chunk before it.
@@ -930,7 +935,7 @@ class Upstream:
     def send(self, sock: socket.socket, path: str, body: bytes, headers: str = "") -> Answer:
         """An answer whose body is still to be read; 502, 504."""
         head = f"{'POST' if body else 'GET'} {self.path}{path} HTTP/1.1\r\n{self.headers}{headers}"
-        with translated():
+        with translated:
             sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             return Answer(sock)
 
@@ -939,7 +944,7 @@ class Upstream:
         with suppress(APIError, ConnectionRefusedError), closing(self.connect()) as sock:
             sock.settimeout(timeout_s)
             answer = self.send(sock, path, body)
-            with translated():
+            with translated:
                 value = parsed(whole(answer.pieces()))
             if answer.status == 200 and isinstance(value, dict):
                 return value
@@ -961,7 +966,7 @@ class Upstream:
         else:
             prompt = body.get("input" if endpoint == "embeddings" else "prompt")
             question = {"model": body["model"], "prompt": prompt}
-        with in_turn(COUNTING, 5, "overloaded"):
+        with COUNTING:
             counted = self.fetch("/tokenize", encoded(question), 30).get("count")
         return counted if type(counted) is int else None
 
@@ -1125,7 +1130,7 @@ class Relay:
 
     def read(self, answer: Answer) -> Iterator[bytes]:
         """The body's bytes as they arrive; 502 or 504 when it breaks off."""
-        with translated():
+        with translated:
             for piece in filter(None, answer.pieces()):
                 if self.times["first_byte_ms"] is None:
                     self.times["first_byte_ms"] = self._ms()
@@ -1301,8 +1306,8 @@ def claim_of(
         return claim
     counted = server.count_prompt(body, endpoint)
     if counted is None:  # a token is guessed to be 3 bytes
-        return replace(claim, prompt=len(raw) // 3 + 1) if chat else claim
-    return replace(claim, prompt=counted, prompt_estimate=max(1, counted))
+        return claim._replace(prompt=len(raw) // 3 + 1) if chat else claim
+    return claim._replace(prompt=counted, prompt_estimate=max(1, counted))
 
 
 def limit_output(body: JSONObject, granted: int) -> None:
@@ -1548,22 +1553,23 @@ def models(model: str | None) -> JSONObject:
 @api_key_required
 def relay_request(endpoint: str) -> Response:
     """vLLM's answer, plain or streamed, within the caller's quota."""
-    body, caller, settings, watcher = read_json(), g.caller, gate().settings, gate().watcher
+    app, body, caller = gate(), read_json(), g.caller
+    settings, watcher = app.settings, app.watcher
     require_relayable(body)
-    if gate().draining:
+    if app.draining:
         raise APIError("draining")
     if len(watcher.running) >= settings.threads - max(2, min(32, settings.threads // 8)):
         raise APIError("overloaded")  # some threads stay free of relays, for logins and usage
-    model = body["model"] = gate().upstreams.resolved(body["model"])
+    model = body["model"] = app.upstreams.resolved(body["model"])
     if endpoint == "completions" and "max_completion_tokens" not in body:
         body.setdefault("max_tokens", 16)  # as vLLM and OpenAI do; other servers would go on
-    servers = gate().upstreams.route(model, watcher.running)
+    servers = app.upstreams.route(model, watcher.running)
     context = max(context_of(server.models.get(model, {})) for server in servers)
     room = caller.token_limit - caller.tokens_used - caller.tokens_reserved
     claim = claim_of(body, request.get_data(), endpoint, context, room, servers[0])
     row = {"request_id": g.request_id, "model": model, "endpoint": endpoint}
     row["stream"] = int(body.get("stream") is True)
-    granted = reserve(gate().ledger, caller, claim, row, settings.max_requests_per_user)
+    granted = reserve(app.ledger, caller, claim, row, settings.max_requests_per_user)
     g.relay = relay = Relay(watcher, caller, row, Meter(claim, granted, body, context))
     watcher.running.add(relay)
     try:
@@ -1996,6 +2002,7 @@ def serve(settings: Settings) -> None:
     if number == 1:
         click.echo(banner(server))
     gc.freeze()  # what is there now stays: the collector need not look at it again
+    gc.set_threshold(20000)  # requests leave no cycles behind but for tracebacks
     server.run()
 
 
