@@ -37,6 +37,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -44,7 +45,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 import bcrypt
@@ -62,12 +63,14 @@ from flask_sqlalchemy import SQLAlchemy
 from werkzeug.exceptions import HTTPException, SecurityError
 
 JSONObject = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 Execute = Callable[..., Any]  # (sql with :names, {name: value}) -> the driver's cursor
 
 LEASE_S = 20  # a pending row whose gate has not renewed it for so long is taken for dead
 UPKEEP_S = 2  # between two rounds of checkpoints, leases and recovery
 LAST_WORDS_S = 0.6  # how long vLLM may take to notice that its caller has gone
-DB_TIMEOUT_S = 5  # waiting for the database's write lock
+DB_TIMEOUT_S = 5  # waiting for a database that others have locked, or that is away
 MAX_LOG_PAGES = 4000  # 8 MB: in a longer log SQLite takes long to find a page
 CONNECT_TIMEOUT_S = 2
 MODELS_TTL_S = 10  # age at which a list of models is fetched anew
@@ -266,33 +269,43 @@ PRAGMA wal_autocheckpoint = 0"""
 
 
 class Turn:
-    """One of a few places, held for a `with`; 503 with this code when none is free in time."""
+    """One of a few places, held for a `with`; 503 `overloaded` when none is free in time."""
 
-    def __init__(
-        self, places: threading.Semaphore | threading.Lock, wait_s: int, code: str
-    ) -> None:
-        self.places, self.wait_s, self.code = places, wait_s, code
-        self.folder = 0  # open; locked, too, where other processes take turns
+    def __init__(self, places: int, wait_s: int) -> None:
+        self._places, self._wait_s = threading.Semaphore(places), wait_s
 
     def __enter__(self) -> None:
         """Waits for a place."""
-        if not self.places.acquire(timeout=self.wait_s):
-            raise APIError(self.code)
-        if self.folder:
-            fcntl.flock(self.folder, fcntl.LOCK_EX)
+        if not self._places.acquire(timeout=self._wait_s):
+            raise APIError("overloaded")
 
     def __exit__(self, *_: object) -> None:
         """Gives it back."""
-        if self.folder:
-            fcntl.flock(self.folder, fcntl.LOCK_UN)
-        self.places.release()
+        self._places.release()
 
 
 @cache
 def positional(sql: str, mark: str) -> tuple[str, list[str]]:
     """SQL with the driver's marks for :names, and the names in their order."""
     # Bound by name, sqlite3 would let go of the interpreter's lock once for each of them.
+    sql = sql.replace(" FOR UPDATE", "") if mark == "?" else sql  # SQLite has one writer
     return re.sub(r":\w+", mark, sql), re.findall(r":(\w+)", sql)
+
+
+class Job:
+    """Work for a write transaction; once it is `done`, its value or the error that it raised."""
+
+    def __init__(self, work: Callable[[Execute], Any]) -> None:
+        self.work, self.done, self.value = work, False, None
+        self.error: Exception | None = None
+
+    def do(self, execute: Execute) -> None:
+        """Does the work, from its start if there was a try before; a refusal fails nobody else."""
+        self.error = None
+        try:
+            self.value = self.work(execute)
+        except APIError as error:
+            self.error = error
 
 
 class Ledger:
@@ -302,16 +315,16 @@ class Ledger:
         self.engine, self.sqlite = engine, engine.dialect.name == "sqlite"
         self.driver = cast(Any, engine.dialect).dbapi
         self.errors = (self.driver.Error, sa.exc.SQLAlchemyError)
-        self.for_update, self._mark = ("", "?") if self.sqlite else (" FOR UPDATE", "%s")
+        self._mark = "?" if self.sqlite else "%s"
         self.checkpoints = self.sqlite  # one process of several does it
         self._checked_at = 0  # when the log was last written before a checkpoint (ns)
         self._readers: list[Any] = []  # SQLite's connections that nobody uses now
         self._writers: list[Any] = []  # its one writer: a write by another would empty its cache
-        # SQLite's writers wait in line: by itself it sleeps and polls. PostgreSQL has locks of rows.
-        places = threading.Lock() if self.sqlite else threading.Semaphore(1000)
-        self._turn = Turn(places, DB_TIMEOUT_S, "database_unavailable")
+        self._jobs: deque[Job] = deque()  # that wait for SQLite's writer
+        self._turn = threading.Lock()  # of SQLite's writers: by itself it sleeps and polls
+        self._folder = 0  # the database's, open: other processes lock it, too
         if self.sqlite and shared:
-            self._turn.folder = os.open(Path(engine.url.database or "").parent, os.O_RDONLY)
+            self._folder = os.open(Path(engine.url.database or "").parent, os.O_RDONLY)
         if self.sqlite:
             sa.event.listen(engine, "connect", lambda made, _: made.executescript(PRAGMAS))
 
@@ -351,24 +364,61 @@ class Ledger:
 
             yield execute
             kept = self.sqlite  # SQLAlchemy's checks are worth their time over a network
-        except APIError:  # a refusal, say of the quota, is no fault of the connection
-            connection.rollback()
-            kept = self.sqlite
-            raise
         finally:
             if kept:
                 free.append(connection)
             else:
                 connection.close()
 
+    def transaction(
+        self, work: Callable[Concatenate[Execute, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What `work(execute, ...)` returns, in a write transaction: `execute(sql, {name: value})`.
+
+        On SQLite whoever has the turn does what all who wait for it want, in one transaction. So
+        work refuses, by an APIError, before it writes; and it may be done again from its start.
+        """
+        job = Job(lambda execute: work(execute, *args, **kwargs))
+        if self.sqlite:
+            self._jobs.append(job)
+            with self._turn:
+                if not job.done:
+                    self._commit([self._jobs.popleft() for _ in range(len(self._jobs))])
+        else:
+            self._commit([job])
+        if job.error:
+            raise job.error
+        return cast(T, job.value)
+
+    def _commit(self, jobs: list[Job]) -> None:
+        """Does these jobs together; if one is at fault, each by itself, so that no other fails."""
+        try:
+            with self._locked(), self._cursor(self._writers) as execute:
+                if self.sqlite:
+                    execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
+                for job in jobs:
+                    job.do(execute)
+                execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - it is raised again by whoever waits for it
+            alike = len(jobs) == 1 or isinstance(error, self.driver.OperationalError)  # a full disk
+            for job in jobs:
+                if alike:
+                    job.error = error
+                else:
+                    self._commit([job])
+        for job in jobs:
+            job.done = True
+
     @contextmanager
-    def transaction(self) -> Iterator[Execute]:
-        """A write transaction: `execute(sql, {name: value})`. 503 when its turn does not come."""
-        with self._turn, self._cursor(self._writers) as execute:
-            if self.sqlite:
-                execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
-            yield execute
-            execute("COMMIT")
+    def _locked(self) -> Iterator[None]:
+        """Keeps the writers of other processes out."""
+        if self._folder:
+            fcntl.flock(self._folder, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if self._folder:
+                fcntl.flock(self._folder, fcntl.LOCK_UN)
 
     def checkpoint(self) -> None:
         """Moves SQLite's log into its file, where no caller waits: a busy disk may take seconds."""
@@ -380,7 +430,7 @@ class Ledger:
                 self._checked_at = written_at
                 ((_, pages, _),) = self.query("PRAGMA wal_checkpoint(PASSIVE)")
                 if pages > MAX_LOG_PAGES:  # for want of a quiet moment; what is left is little
-                    with self._turn:
+                    with self._turn, self._locked():
                         self.query("PRAGMA wal_checkpoint(RESTART)")
 
     def close(self) -> None:
@@ -388,8 +438,8 @@ class Ledger:
         for connection in self._readers + self._writers:
             connection.close()
         self.engine.dispose()
-        if self._turn.folder:
-            os.close(self._turn.folder)
+        if self._folder:
+            os.close(self._folder)
 
     def query(self, sql: str, **values: object) -> list[Any]:
         """The rows of one SELECT, as tuples."""
@@ -398,18 +448,17 @@ class Ledger:
 
     def look_up(self, sql: str, **values: object) -> list[Any]:
         """query() for a few rows by an index: the writer, when it is free, has them in its cache."""
-        if not self.sqlite or not self._turn.places.acquire(blocking=False):
+        if not self.sqlite or not self._turn.acquire(blocking=False):
             return self.query(sql, **values)
         try:
             with self._cursor(self._writers) as execute:
                 return cast("list[Any]", execute(sql, values).fetchall())
         finally:
-            self._turn.places.release()
+            self._turn.release()
 
     def write(self, sql: str, **values: object) -> list[Any]:
         """One statement with RETURNING in a transaction of its own; its rows, as tuples."""
-        with self.transaction() as execute:
-            return cast("list[Any]", execute(sql, values).fetchall())
+        return self.transaction(lambda execute: cast("list[Any]", execute(sql, values).fetchall()))
 
 
 def gate() -> Gate:
@@ -425,8 +474,7 @@ BASE62 = string.digits + string.ascii_letters
 USERNAME = re.compile(r"[A-Za-z0-9_.-]{3,64}")
 BCRYPT_ROUNDS = 10  # OWASP's least, about 60 ms: 200 logins at once are done in seconds
 NOBODY = "$2b$10$abcdefghijklmnopqrstuu4T826PRnz0Hu6YlprUuxkZxOOj5Fw5S"  # costs like a real hash
-# A core for the streams.
-HASHING = Turn(threading.Semaphore(max(1, (os.cpu_count() or 2) - 1)), 20, "overloaded")
+HASHING = Turn(max(1, (os.cpu_count() or 2) - 1), wait_s=20)  # leaves a core for the streams
 
 
 class Caller(NamedTuple):
@@ -569,13 +617,16 @@ def register(username: object, password: object, token_limit: int) -> tuple[int,
     row |= {"username": username, "hash": hash_password(password), "token_limit": token_limit}
     sql = """INSERT INTO users (username, password_hash, token_limit, created_at)
  VALUES (:username, :hash, :token_limit, :now) RETURNING id"""
+
+    def insert(execute: Execute) -> int:
+        ((user_id,),) = execute(sql, row).fetchall()
+        execute(INSERT_KEY, row | {"user_id": user_id, "name": "default"})
+        return cast(int, user_id)
+
     try:
-        with ledger.transaction() as execute:
-            ((user_id,),) = execute(sql, row).fetchall()
-            execute(INSERT_KEY, row | {"user_id": user_id, "name": "default"})
+        return ledger.transaction(insert), api_key
     except ledger.driver.IntegrityError:
         raise APIError("username_taken", "username") from None
-    return user_id, api_key
 
 
 @contextmanager
@@ -649,7 +700,8 @@ class Claim(NamedTuple):
         return self.prompt + self.choices * granted
 
 
-LOCK_USER = "SELECT token_limit, tokens_used, tokens_reserved FROM users WHERE id = :user_id"
+LOCK_USER = """
+SELECT token_limit, tokens_used, tokens_reserved FROM users WHERE id = :user_id FOR UPDATE"""
 RESERVE = """
 UPDATE users SET tokens_reserved = tokens_reserved + :reserved WHERE id = :user_id
  AND tokens_used + tokens_reserved + :reserved <= token_limit
@@ -662,7 +714,7 @@ INSERT INTO usage (request_id, user_id, api_key_id, model, endpoint, stream, res
 READ_ROW = """
 SELECT u.id, u.tokens_used, u.token_limit - u.tokens_used - u.tokens_reserved, r.status, r.reserved,
  r.prompt_tokens + r.completion_tokens FROM usage r JOIN users u ON u.id = r.user_id
- WHERE r.request_id = :request_id"""
+ WHERE r.request_id = :request_id FOR UPDATE"""
 UPDATE_ROW = """
 UPDATE usage SET status = :status, estimated = :estimated, reserved = :reserved,
  prompt_tokens = :prompt_tokens, completion_tokens = :completion_tokens,
@@ -673,60 +725,59 @@ UPDATE users SET tokens_used = tokens_used + :booked, tokens_reserved = tokens_r
  WHERE id = :user_id"""
 
 
-def reserve(ledger: Ledger, caller: Caller, claim: Claim, row: JSONObject, most: int) -> int:
+def reserve(execute: Execute, caller: Caller, claim: Claim, row: JSONObject, most: int) -> int:
     """Writes the pending row; the tokens granted to each choice. 429: the quota, `most` running."""
     now = int(time.time())
     row |= {"user_id": caller.id, "api_key_id": caller.api_key_id, "most": most, "now": now}
     row |= {"prompt_estimate": claim.prompt_estimate, "lease_until": now + LEASE_S}
-    with ledger.transaction() as execute:
-        limit, used, reserved = execute(LOCK_USER + ledger.for_update, row).fetchone()
-        granted = claim.granted(limit - used - reserved)
-        row["reserved"] = claim.total(granted)
-        if granted < 0:
-            needed = claim.total(min(claim.output, 1))
-            code = "quota_reserved" if needed <= limit - used else "insufficient_quota"
-            raise APIError(code, used=used, limit=limit, needed=needed)
-        if execute(RESERVE, row).rowcount != 1:
-            raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
-        execute(INSERT_ROW, row)
-        if now - (caller.key_used_at or 0) >= 60:
-            execute("UPDATE api_keys SET last_used_at = :now WHERE id = :api_key_id", row)
+    limit, used, reserved = execute(LOCK_USER, row).fetchone()
+    granted = claim.granted(limit - used - reserved)
+    row["reserved"] = claim.total(granted)
+    if granted < 0:
+        needed = claim.total(min(claim.output, 1))
+        code = "quota_reserved" if needed <= limit - used else "insufficient_quota"
+        raise APIError(code, used=used, limit=limit, needed=needed)
+    if execute(RESERVE, row).rowcount != 1:
+        raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
+    execute(INSERT_ROW, row)
+    if now - (caller.key_used_at or 0) >= 60:
+        execute("UPDATE api_keys SET last_used_at = :now WHERE id = :api_key_id", row)
     return granted
 
 
-def book(ledger: Ledger, request_id: str, status: str, counts: Counts, **times: int | None) -> int:
+def book(
+    execute: Execute, /, request_id: str, status: str, counts: Counts, **times: int | None
+) -> int:
     """Books a request's tokens as known now; the user's `tokens_used` after it."""
-    with ledger.transaction() as execute:
-        found = execute(READ_ROW + ledger.for_update, {"request_id": request_id}).fetchone()
-        user_id, used, free, old_status, reserved, before = found
-        if old_status not in ("pending", "lost"):
-            return cast(int, used)
-        # What was held may be used up; more only if nobody else holds it. (A lost row's
-        # reservation may have gone to others by the time its gate comes back.)
-        counts = counts.within(before + max(reserved, reserved + free))
-        if counts.total < before - used:  # reset-usage came between an estimate and the count
-            counts = Counts(before - used, estimated=1)
-        # The difference: so this serves checkpoints, the end, recovery and the late return, too.
-        booked = counts.total - before
-        kept = max(0, reserved - max(0, booked)) if status == "pending" else 0
-        row = {"request_id": request_id, "status": status, "reserved": kept, **counts._asdict()}
-        row |= {"first_byte_ms": None, "duration_ms": None, **times}
-        execute(UPDATE_ROW, row | {"lease_until": int(time.time()) + LEASE_S})
-        execute(MOVE_TOKENS, {"user_id": user_id, "booked": booked, "released": reserved - kept})
+    found = execute(READ_ROW, {"request_id": request_id}).fetchone()
+    user_id, used, free, old_status, reserved, before = found
+    if old_status not in ("pending", "lost"):
+        return cast(int, used)
+    # What was held may be used up; more only if nobody else holds it. (A lost row's
+    # reservation may have gone to others by the time its gate comes back.)
+    counts = counts.within(before + max(reserved, reserved + free))
+    if counts.total < before - used:  # reset-usage came between an estimate and the count
+        counts = Counts(before - used, estimated=1)
+    # The difference: so this serves checkpoints, the end, recovery and the late return, too.
+    booked = counts.total - before
+    kept = max(0, reserved - max(0, booked)) if status == "pending" else 0
+    row = {"request_id": request_id, "status": status, "reserved": kept, **counts._asdict()}
+    row |= {"first_byte_ms": None, "duration_ms": None, **times}
+    execute(UPDATE_ROW, row | {"lease_until": int(time.time()) + LEASE_S})
+    execute(MOVE_TOKENS, {"user_id": user_id, "booked": booked, "released": reserved - kept})
     return cast(int, used + booked)
 
 
-def reset_usage(ledger: Ledger, user_id: int) -> None:
+def reset_usage(execute: Execute, user_id: int) -> None:
     """Sets tokens_used to 0 by a balancing row: it stays the sum of the rows, and they stay."""
     row = {"request_id": secrets.token_hex(16), "user_id": user_id, "now": int(time.time())}
     sql = """
 INSERT INTO usage (request_id, user_id, model, endpoint, status, prompt_tokens, created_at,
  lease_until) VALUES (:request_id, :user_id, '', 'reset-usage', 'ok', :booked, :now, :now)"""
-    with ledger.transaction() as execute:
-        _, used, _ = execute(LOCK_USER + ledger.for_update, row).fetchone()
-        row |= {"booked": -used, "released": 0}
-        execute(sql, row)
-        execute(MOVE_TOKENS, row)
+    _, used, _ = execute(LOCK_USER, row).fetchone()
+    row |= {"booked": -used, "released": 0}
+    execute(sql, row)
+    execute(MOVE_TOKENS, row)
 
 
 SUMS = ("requests", "prompt_tokens", "completion_tokens")
@@ -777,8 +828,7 @@ TEMPLATE_FIELDS = (
     "model", "messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt",
     "continue_final_message", "add_special_tokens", "mm_processor_kwargs",
 )  # fmt: skip
-# Calls of /tokenize at a time: they hold threads, and are free.
-COUNTING = Turn(threading.Semaphore(16), 5, "overloaded")
+COUNTING = Turn(16, wait_s=5)  # calls of /tokenize at a time: they hold threads, and are free
 
 
 def parsed(text: bytes | bytearray) -> Any:
@@ -1188,7 +1238,9 @@ class Relay:
             ended = self.status != "pending"
             # Not even an estimate before the first event.
             counts = meter.counts() if ended or meter.output_seen else Counts()
-            self.tokens_used = book(ledger, row["request_id"], self.status, counts, **times)
+            self.tokens_used = ledger.transaction(
+                book, row["request_id"], self.status, counts, **times
+            )
             if ended:
                 running.discard(self)
                 log.info(
@@ -1248,7 +1300,7 @@ class Watcher(threading.Thread):
         """Closes a dead gate's row: its last checkpoint counts, at least the prompt."""
         log.warning("%s lost: its gate died", request_id)
         counts = Counts(*seen) if seen[0] else Counts(prompt_estimate, estimated=1)
-        book(self.ledger, request_id, "lost", counts)
+        self.ledger.transaction(book, request_id, "lost", counts)
 
 
 OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens")
@@ -1484,13 +1536,16 @@ def replace_key() -> JSONObject:
     """A new key in the place of the one that /users/me shows: its row, and so its usage, go on."""
     api_key, row = gate().keyring.new_key()
     row |= {"user_id": g.caller.id, "name": "default"}
-    with gate().ledger.transaction() as execute:
-        execute(LOCK_USER + gate().ledger.for_update, row)
+
+    def replace_first(execute: Execute) -> None:
+        execute(LOCK_USER, row)
         sql = """UPDATE api_keys SET nonce = :nonce, key_hash = :key_hash, created_at = :now,
  last_used_at = NULL WHERE id = (SELECT min(id) FROM api_keys WHERE user_id = :user_id
  AND revoked_at IS NULL)"""
         if execute(sql, row).rowcount == 0:
             execute(INSERT_KEY, row)
+
+    gate().ledger.transaction(replace_first)
     return {"api_key": api_key}
 
 
@@ -1569,7 +1624,7 @@ def relay_request(endpoint: str) -> Response:
     claim = claim_of(body, request.get_data(), endpoint, context, room, servers[0])
     row = {"request_id": g.request_id, "model": model, "endpoint": endpoint}
     row["stream"] = int(body.get("stream") is True)
-    granted = reserve(app.ledger, caller, claim, row, settings.max_requests_per_user)
+    granted = app.ledger.transaction(reserve, caller, claim, row, settings.max_requests_per_user)
     g.relay = relay = Relay(watcher, caller, row, Meter(claim, granted, body, context))
     watcher.running.add(relay)
     try:
@@ -1726,7 +1781,8 @@ class Gate(Flask):
             options |= {"pool_size": 16, "max_overflow": 48, "pool_timeout": DB_TIMEOUT_S}
             options |= {"pool_pre_ping": True, "connect_args": POSTGRESQL_OPTIONS}
         else:  # the ledger keeps connections; a transaction begins where we say
-            connect_args = {"isolation_level": None, "check_same_thread": False}
+            connect_args: JSONObject = {"isolation_level": None, "check_same_thread": False}
+            connect_args["timeout"] = DB_TIMEOUT_S
             options |= {"poolclass": sa.NullPool, "connect_args": connect_args}
         self.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
         self.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
@@ -2135,7 +2191,7 @@ def reset_usage_command(name: str | None, everyone: bool) -> None:
     if bool(name) == everyone:
         raise click.UsageError("Give a NAME, or --all.")
     for user in accounts(name):
-        reset_usage(gate().ledger, user.id)
+        gate().ledger.transaction(reset_usage, user.id)
         click.echo(f"{user.username} begins again at 0 tokens.")
 
 

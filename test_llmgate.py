@@ -2622,7 +2622,7 @@ def begin_request(gate: ThreadedGate, request_id: str, claim: llmgate.Claim) -> 
     ledger = gate.server.app.ledger
     (row,) = ledger.query(llmgate.CALLER_BY_ID, value=1)
     usage_row = {"request_id": request_id, "model": "ok", "endpoint": "completions", "stream": 1}
-    llmgate.reserve(ledger, llmgate.Caller(*row), claim, usage_row, 16)
+    ledger.transaction(llmgate.reserve, llmgate.Caller(*row), claim, usage_row, 16)
     return llmgate.Caller(*row)
 
 
@@ -2630,16 +2630,15 @@ def test_frozen_gate_that_comes_back_books_the_difference_once(gate: ThreadedGat
     """Its row was closed as lost, and its room may be others' now: the limit holds."""
     user, ledger = register(gate, token_limit=1000), gate.server.app.ledger
     begin_request(gate, "frozen", llmgate.Claim(100, 40, 300, 1))
-    llmgate.book(ledger, "frozen", "pending", llmgate.Counts(90, 10))
-    with ledger.transaction() as execute:
-        execute("UPDATE usage SET lease_until = 0")
+    ledger.transaction(llmgate.book, "frozen", "pending", llmgate.Counts(90, 10))
+    ledger.write("UPDATE usage SET lease_until = 0 RETURNING 1")
     wait_until(lambda: gate.usage(user)[0].status == "lost", 5)
     assert gate.tokens_used(user) == 100
     begin_request(gate, "other", llmgate.Claim(700, 700, 1, 1))
     for _ in range(2):
-        llmgate.book(ledger, "frozen", "ok", llmgate.Counts(90, 300))
+        ledger.transaction(llmgate.book, "frozen", "ok", llmgate.Counts(90, 300))
         assert gate.tokens_used(user) == 100 + 199  # all that the other request does not hold
-    llmgate.book(ledger, "other", "ok", llmgate.Counts(700, 1, estimated=1))
+    ledger.transaction(llmgate.book, "other", "ok", llmgate.Counts(700, 1, estimated=1))
     assert gate.tokens_used(user) == 1000
 
 
@@ -2647,9 +2646,9 @@ def test_reset_between_an_estimate_and_the_count_is_no_deadlock(gate: ThreadedGa
     """The later count is lower than what the reset has balanced: the books stay right."""
     user, ledger = register(gate), gate.server.app.ledger
     caller = begin_request(gate, "r1", llmgate.Claim(500, 100, 10, 1))
-    llmgate.book(ledger, "r1", "pending", llmgate.Counts(100, 50, estimated=1))
-    llmgate.reset_usage(ledger, caller.id)
-    assert llmgate.book(ledger, "r1", "ok", llmgate.Counts(20, 5)) == 0
+    ledger.transaction(llmgate.book, "r1", "pending", llmgate.Counts(100, 50, estimated=1))
+    ledger.transaction(llmgate.reset_usage, caller.id)
+    assert ledger.transaction(llmgate.book, "r1", "ok", llmgate.Counts(20, 5)) == 0
     assert gate.tokens_used(user) == 0
 
 
@@ -3164,6 +3163,37 @@ def test_refusal_keeps_the_connection_that_writes(gate: ThreadedGate) -> None:
     before = list(ledger._writers)
     assert_error(chat(gate, user.key, max_tokens=50), 429, "insufficient_quota")
     assert ledger._writers == before and len(before) == 1
+
+
+def test_writers_who_wait_are_written_together_and_fail_alone(gate: ThreadedGate) -> None:
+    """What breaks a rule of the tables, or is a fault of ours, leaves the others' work as it was."""
+    ledger, users = gate.server.app.ledger, [register(gate) for _ in range(5)]
+    commits: list[str] = []
+    writer = ledger._writers[0].driver_connection
+    writer.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+
+    def set_limit(execute: llmgate.Execute, user: User, limit: int) -> int:
+        values = {"limit": limit, "id": user.id}
+        execute("UPDATE users SET token_limit = :limit WHERE id = :id", values)
+        if limit == 5:
+            raise KeyError("a fault of ours")
+        return limit
+
+    def outcomes(limits: list[int]) -> list[object]:
+        with ThreadPoolExecutor(5) as pool:
+            with ledger._turn:
+                waiting = [
+                    pool.submit(ledger.transaction, set_limit, user, limit)
+                    for user, limit in zip(users, limits, strict=True)
+                ]
+                wait_until(lambda: len(ledger._jobs) == 5, 5)
+            return [type(job.exception()) if job.exception() else job.result() for job in waiting]
+
+    assert outcomes([1, 2, 3, 4, 1]) == [1, 2, 3, 4, 1]
+    assert len(commits) == 1
+    assert outcomes([2, -1, 4, 5, 3]) == [2, sqlite3.IntegrityError, 4, KeyError, 3]
+    limits = ledger.query("SELECT token_limit FROM users ORDER BY id")
+    assert [limit for (limit,) in limits][-5:] == [2, 2, 4, 4, 3]
 
 
 def test_seventeenth_request_of_a_user_is_refused(gate: Gate) -> None:
