@@ -293,10 +293,10 @@ def positional(sql: str, mark: str) -> tuple[str, list[str]]:
 
 
 class Job:
-    """Work for a write transaction; once it is `done`, its value or the error that it raised."""
+    """Work for a transaction; once it is `done`, its value or the error that it raised."""
 
-    def __init__(self, work: Callable[[Execute], Any]) -> None:
-        self.work, self.done, self.value = work, False, None
+    def __init__(self, work: Callable[[Execute], Any], writes: bool) -> None:
+        self.work, self.writes, self.done, self.value = work, writes, False, None
         self.error: Exception | None = None
 
     def do(self, execute: Execute) -> None:
@@ -378,7 +378,10 @@ class Ledger:
         On SQLite whoever has the turn does what all who wait for it want, in one transaction. So
         work refuses, by an APIError, before it writes; and it may be done again from its start.
         """
-        job = Job(lambda execute: work(execute, *args, **kwargs))
+        return cast(T, self._value(Job(lambda execute: work(execute, *args, **kwargs), True)))
+
+    def _value(self, job: Job) -> Any:
+        """What the job returns or raises, done here or by whoever has the turn."""
         if self.sqlite:
             self._jobs.append(job)
             with self._turn:
@@ -388,17 +391,19 @@ class Ledger:
             self._commit([job])
         if job.error:
             raise job.error
-        return cast(T, job.value)
+        return job.value
 
     def _commit(self, jobs: list[Job]) -> None:
         """Does these jobs together; if one is at fault, each by itself, so that no other fails."""
+        writes = any(job.writes for job in jobs)
         try:
-            with self._locked(), self._cursor(self._writers) as execute:
-                if self.sqlite:
+            with self._locked(writes), self._cursor(self._writers) as execute:
+                if self.sqlite and writes:
                     execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
                 for job in jobs:
                     job.do(execute)
-                execute("COMMIT")
+                if writes:
+                    execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - it is raised again by whoever waits for it
             alike = len(jobs) == 1 or isinstance(error, self.driver.OperationalError)  # a full disk
             for job in jobs:
@@ -410,14 +415,14 @@ class Ledger:
             job.done = True
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, writes: bool = True) -> Iterator[None]:
         """Keeps the writers of other processes out."""
-        if self._folder:
+        if self._folder and writes:
             fcntl.flock(self._folder, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            if self._folder:
+            if self._folder and writes:
                 fcntl.flock(self._folder, fcntl.LOCK_UN)
 
     def checkpoint(self) -> None:
@@ -447,14 +452,9 @@ class Ledger:
             return cast("list[Any]", execute(sql, values).fetchall())
 
     def look_up(self, sql: str, **values: object) -> list[Any]:
-        """query() for a few rows by an index: the writer, when it is free, has them in its cache."""
-        if not self.sqlite or not self._turn.acquire(blocking=False):
-            return self.query(sql, **values)
-        try:
-            with self._cursor(self._writers) as execute:
-                return cast("list[Any]", execute(sql, values).fetchall())
-        finally:
-            self._turn.release()
+        """query() for a few rows, by the connection that writes: it has them in its cache."""
+        job = Job(lambda execute: execute(sql, values).fetchall(), writes=False)
+        return cast("list[Any]", self._value(job))
 
     def write(self, sql: str, **values: object) -> list[Any]:
         """One statement with RETURNING in a transaction of its own; its rows, as tuples."""
