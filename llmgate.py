@@ -405,9 +405,9 @@ class Ledger:
                 if writes:
                     execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - it is raised again by whoever waits for it
-            alike = len(jobs) == 1 or isinstance(error, self.driver.OperationalError)  # a full disk
+            locked = isinstance(error, self.driver.OperationalError)  # or the disk is full
             for job in jobs:
-                if alike:
+                if len(jobs) == 1 or (locked and job.writes):
                     job.error = error
                 else:
                     self._commit([job])

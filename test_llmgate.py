@@ -3165,6 +3165,16 @@ def test_refusal_keeps_the_connection_that_writes(gate: ThreadedGate) -> None:
     assert ledger._writers == before and len(before) == 1
 
 
+def waiting_together(gate: ThreadedGate, *jobs: Callable[[], object]) -> list[object]:
+    """What each job returns, or the type that it raises, when all had to wait for one writer."""
+    ledger = gate.server.app.ledger
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        with ledger._turn:
+            waiting = [pool.submit(job) for job in jobs]
+            wait_until(lambda: len(ledger._jobs) == len(jobs), 5)
+        return [type(job.exception()) if job.exception() else job.result() for job in waiting]
+
+
 def test_writers_who_wait_are_written_together_and_fail_alone(gate: ThreadedGate) -> None:
     """What breaks a rule of the tables, or is a fault of ours, leaves the others' work as it was."""
     ledger, users = gate.server.app.ledger, [register(gate) for _ in range(5)]
@@ -3179,21 +3189,31 @@ def test_writers_who_wait_are_written_together_and_fail_alone(gate: ThreadedGate
             raise KeyError("a fault of ours")
         return limit
 
-    def outcomes(limits: list[int]) -> list[object]:
-        with ThreadPoolExecutor(5) as pool:
-            with ledger._turn:
-                waiting = [
-                    pool.submit(ledger.transaction, set_limit, user, limit)
-                    for user, limit in zip(users, limits, strict=True)
-                ]
-                wait_until(lambda: len(ledger._jobs) == 5, 5)
-            return [type(job.exception()) if job.exception() else job.result() for job in waiting]
+    def outcomes(*limits: int) -> list[object]:
+        pairs = zip(users, limits, strict=True)
+        jobs = [functools.partial(ledger.transaction, set_limit, *pair) for pair in pairs]
+        return waiting_together(gate, *jobs)
 
-    assert outcomes([1, 2, 3, 4, 1]) == [1, 2, 3, 4, 1]
+    assert outcomes(1, 2, 3, 4, 1) == [1, 2, 3, 4, 1]
     assert len(commits) == 1
-    assert outcomes([2, -1, 4, 5, 3]) == [2, sqlite3.IntegrityError, 4, KeyError, 3]
+    assert outcomes(2, -1, 4, 5, 3) == [2, sqlite3.IntegrityError, 4, KeyError, 3]
     limits = ledger.query("SELECT token_limit FROM users ORDER BY id")
     assert [limit for (limit,) in limits][-5:] == [2, 2, 4, 4, 3]
+
+
+def test_reader_does_not_fail_with_the_writers(gate: ThreadedGate) -> None:
+    """A key is still found when those who waited with it cannot write."""
+    user, ledger = register(gate), gate.server.app.ledger
+    ledger._writers[0].driver_connection.execute("PRAGMA busy_timeout = 0")
+    name = "SELECT username FROM users WHERE id = :id"
+    path = gate.database_url.removeprefix("sqlite:///")
+    limit = "UPDATE users SET token_limit = 1 WHERE id = :id RETURNING id"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        read = functools.partial(ledger.look_up, name, id=user.id)
+        write = functools.partial(ledger.write, limit, id=user.id)
+        outcome = waiting_together(gate, read, write)
+        assert outcome == [[(user.name,)], sqlite3.OperationalError]
 
 
 def test_seventeenth_request_of_a_user_is_refused(gate: Gate) -> None:
