@@ -1095,7 +1095,7 @@ def read_usage(usage: object) -> Counts | None:
 class Meter:
     """Counts one answer's tokens in passing, and hides usage that the caller did not ask for."""
 
-    EVENT_END = re.compile(rb"\r?\n\r?\n")
+    EVENT_END = re.compile(rb"\n\r?\n")
     # An unescaped "usage": can only be a key, and the first "index": is that of the choice.
     USAGE = re.compile(rb',\s*"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|null)(?=\s*[,}])')
     INDEX = re.compile(rb'"index":\s*(\d{1,6})')
