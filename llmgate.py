@@ -1856,10 +1856,35 @@ class Parser(waitress.parser.HTTPRequestParser):
             raise waitress.parser.ParsingError("Bad URI") from None
 
 
-class Channel(waitress.channel.HTTPChannel):
-    """A connection whose errors are JSON."""
+class Task(waitress.task.WSGITask):
+    """An answer whose headers leave together with the first bytes of its body."""
 
-    error_task_class, parser_class = JSONErrorTask, Parser
+    def build_response_header(self) -> bytes:
+        """Leaves them with the channel, which sends them when anything follows."""
+        self.channel.head = super().build_response_header()
+        return b""
+
+    def finish(self) -> None:
+        """Ends the answer; sends the headers of one that has no body."""
+        super().finish()
+        self.channel.write_soon(b"")
+
+
+class Channel(waitress.channel.HTTPChannel):
+    """A connection whose errors are JSON, and whose bytes leave at once."""
+
+    task_class, error_task_class, parser_class, head = Task, JSONErrorTask, Parser, b""
+
+    def write_soon(self, data: bytes) -> int:
+        """Sends what the kernel takes now; only the rest goes through waitress's buffers."""
+        unsent, self.head = self.head + data, b""
+        with self.outbuf_lock:
+            if self.connected and unsent and not self.total_outbufs_len:
+                with suppress(OSError):  # the next line meets it again, if it lasts
+                    unsent = unsent[self.socket.send(unsent) :]
+                    self.last_activity = time.time()
+            super().write_soon(unsent)
+        return len(data)
 
     def check_client_disconnected(self) -> bool:
         """Whether the caller has hung up; waitress itself does not look while a request runs."""

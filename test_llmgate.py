@@ -3216,6 +3216,18 @@ def test_reader_does_not_fail_with_the_writers(gate: ThreadedGate) -> None:
         assert outcome == [[(user.name,)], sqlite3.OperationalError]
 
 
+def test_answer_leaves_in_one_piece(gate: Gate) -> None:
+    """Its headers and its body wake the caller up once; without a body they leave alone."""
+    user, health = register(gate), raw_request("HEAD", "/health", {})
+    with connected(gate) as connection:
+        for request in [raw_chat(user.key, chat_body()), health] * 5:
+            connection.sendall(request)
+            head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+            length = re.search(rb"\nContent-Length: (\d+)", head)
+            assert length, head
+            assert len(body) == (0 if request == health else int(length[1]))
+
+
 def test_seventeenth_request_of_a_user_is_refused(gate: Gate) -> None:
     """Case 36: one user does not take all threads; another one is served."""
     user, other = register(gate), register(gate)
