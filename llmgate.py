@@ -787,15 +787,20 @@ SELECT created_at / 86400, model, api_key_id, count(*), CAST(sum(prompt_tokens) 
  AND created_at / 86400 >= :since GROUP BY created_at / 86400, model, api_key_id"""
 RECENT = """request_id, created_at, model, api_key_id, endpoint, stream, status, estimated, \
 prompt_tokens, completion_tokens, cached_tokens, first_byte_ms, duration_ms"""
+# The index alone tells since when; or all rows of a day would be read, to sort them.
+RECENT_ROWS = f"""
+WITH bound AS (SELECT min(created_at) AS since FROM (
+ SELECT created_at FROM usage WHERE user_id = :id AND model <> ''
+ ORDER BY created_at / 86400 DESC, created_at DESC LIMIT 20) AS newest)
+SELECT {RECENT} FROM bound, usage WHERE user_id = :id AND model <> '' AND created_at >= since
+ AND created_at / 86400 >= since / 86400 ORDER BY created_at DESC LIMIT 20"""
 
 
 def usage_report(ledger: Ledger, caller: Caller, days: int) -> JSONObject:
     """The report of contract section 5 over the last `days` days (UTC); counts are tokens."""
     rows = ledger.query(USAGE_BY_DAY, id=caller.id, since=int(time.time()) // 86400 - days + 1)
     names = dict(ledger.query("SELECT id, name FROM api_keys WHERE user_id = :id", id=caller.id))
-    sql = f"SELECT {RECENT} FROM usage WHERE user_id = :id AND model <> '' ORDER BY"
-    sql = f"{sql} created_at / 86400 DESC, created_at DESC LIMIT 20"
-    recent = ledger.query(sql, id=caller.id)
+    recent = ledger.query(RECENT_ROWS, id=caller.id)
 
     def by(column: int, name: str, shown: Callable[[Any], object]) -> list[JSONObject]:
         sums: dict[Any, list[int]] = {}

@@ -3851,9 +3851,12 @@ def test_usage_report_reads_nothing_but_its_index(tmp_path: Path) -> None:
     ledger = llmgate.Ledger(engine)
     ledger.create_tables()
     plan = str(ledger.query(f"EXPLAIN QUERY PLAN {llmgate.USAGE_BY_DAY}", id=1, since=0))
+    recent = str(ledger.query(f"EXPLAIN QUERY PLAN {llmgate.RECENT_ROWS}", id=1))
     ledger.close()
     assert "COVERING INDEX usage_by_day" in plan
     assert "TEMP B-TREE" not in plan
+    assert "COVERING INDEX usage_by_day" in recent  # also where all of them are of one day
+    assert "INDEX usage_by_day (user_id=? AND <expr>>?)" in recent
 
 
 def test_whole_gate_runs_on_postgresql(
