@@ -191,7 +191,7 @@ ERRORS = {  # code: (status, message)
     "invalid_token": (401, "This JWT is not valid; log in again at /auth/token."),
     "token_expired": (401, "This JWT has expired; log in again at /auth/token."),
     "invalid_credentials": (401, "Wrong username or password."),
-    "registration_closed": (403, "Registration is closed; ask the operator for an account."),
+    "registration_closed": (403, "Ask the operator for an account, or for a registration_token."),
     "account_disabled": (403, "This account is disabled; ask the operator."),
     "not_found": (404, "There is nothing at this path; the README lists the routes."),
     "model_not_found": (404, "No model {model!r} here; GET /v1/models lists them."),
@@ -205,7 +205,7 @@ ERRORS = {  # code: (status, message)
     "insufficient_quota": (429, "Quota used up: {used} of {limit} tokens; this needs {needed}."),
     "headers_too_large": (431, "The headers are larger than this gate accepts."),
     "internal_error": (500, "The gate failed; its log says why."),
-    "upstream_unavailable": (502, "No vLLM at VLLM_ENDPOINT; start it with: vllm serve MODEL"),
+    "upstream_unavailable": (502, "No model server; start one: vllm serve MODEL --port 8001"),
     "upstream_error": (502, "vLLM failed: {why}."),
     "database_unavailable": (503, "The gate's database does not answer; try again."),
     "overloaded": (503, "All places of the gate are taken; try again in a moment."),
@@ -2097,8 +2097,9 @@ def banner(server: Server) -> str:
     app = server.app
     urls = ", ".join(upstream.url for upstream in app.upstreams)
     start_one = f"none yet at {urls}\n          start one: vllm serve MODEL --port 8001"
+    invitation = ',"registration_token":"…"' * (app.settings.registration == "invite")
     to_register = f"""curl {server.url}/auth/register -H 'Content-Type: application/json' \\
-          -d '{{"username":"alice","password":"correct horse"}}'"""
+          -d '{{"username":"alice","password":"correct horse"{invitation}}}'"""
     if app.settings.registration == "closed":
         to_register = "closed; make accounts with: python llmgate.py create-user NAME"
     return f"""llmgate   {server.url}

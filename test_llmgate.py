@@ -3501,7 +3501,7 @@ def test_public_address_closes_registration() -> None:
 
 
 def test_invitation_opens_registration(make_gate: Callable[..., ThreadedGate]) -> None:
-    """REGISTRATION=invite needs its token."""
+    """REGISTRATION=invite needs its token, and the first lines say so."""
     with pytest.raises(llmgate.SettingsError, match="REGISTRATION_TOKEN"):
         llmgate.Settings.from_env({"REGISTRATION": "invite"})
     gate = make_gate(REGISTRATION="invite", REGISTRATION_TOKEN="invitation-marker-77")
@@ -3510,6 +3510,7 @@ def test_invitation_opens_registration(make_gate: Callable[..., ThreadedGate]) -
         assert_error(call(gate, "POST", "/auth/register", json=body), 403, "registration_closed")
     gate.secrets.add("invitation-marker-77")
     assert register(gate, "ida", registration_token="invitation-marker-77").id == 1
+    assert '"registration_token":"…"' in llmgate.banner(gate.server)
 
 
 # ---------------------------------------------------------------------------------------------
