@@ -37,7 +37,6 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -266,6 +265,13 @@ db = SQLAlchemy()
 # size. No checkpoint by itself: the watcher makes them, where no caller waits.
 PRAGMAS = """PRAGMA page_size = 2048; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;
 PRAGMA wal_autocheckpoint = 0"""
+LOCKED_OR_FULL = (
+    "SQLITE_BUSY",
+    "SQLITE_FULL",
+    "SQLITE_IOERR",
+    "SQLITE_READONLY",
+    "SQLITE_CANTOPEN",
+)
 
 
 class Turn:
@@ -295,9 +301,11 @@ def positional(sql: str, mark: str) -> tuple[str, list[str]]:
 class Job:
     """Work for a transaction; once it is `done`, its value or the error that it raised."""
 
-    def __init__(self, work: Callable[[Execute], Any], writes: bool) -> None:
-        self.work, self.writes, self.done, self.value = work, writes, False, None
+    def __init__(self, work: Callable[[Execute], Any]) -> None:
+        self.work, self.done, self.value = work, False, None
         self.error: Exception | None = None
+        self.woken = threading.Lock()  # free once it is done, or is to do what others wait for
+        self.woken.acquire()
 
     def do(self, execute: Execute) -> None:
         """Does the work, from its start if there was a try before; a refusal fails nobody else."""
@@ -320,8 +328,9 @@ class Ledger:
         self._checked_at = 0  # when the log was last written before a checkpoint (ns)
         self._readers: list[Any] = []  # SQLite's connections that nobody uses now
         self._writers: list[Any] = []  # its one writer: a write by another would empty its cache
-        self._jobs: deque[Job] = deque()  # that wait for SQLite's writer
-        self._turn = threading.Lock()  # of SQLite's writers: by itself it sleeps and polls
+        self._jobs: list[Job] = []  # that wait for SQLite's writer: its own waiting is to poll
+        self._busy, self._mutex = False, threading.Lock()  # whether it has work, or is to have it
+        self._turn = threading.Lock()  # of those who write and who checkpoint
         self._folder = 0  # the database's, open: other processes lock it, too
         if self.sqlite and shared:
             self._folder = os.open(Path(engine.url.database or "").parent, os.O_RDONLY)
@@ -375,39 +384,62 @@ class Ledger:
     ) -> T:
         """What `work(execute, ...)` returns, in a write transaction: `execute(sql, {name: value})`.
 
-        On SQLite whoever has the turn does what all who wait for it want, in one transaction. So
-        work refuses, by an APIError, before it writes; and it may be done again from its start.
+        On SQLite one does what all who wait for the writer want, in one transaction. So work
+        refuses, by an APIError, before it writes; and it may be done again from its start.
         """
-        return cast(T, self._value(Job(lambda execute: work(execute, *args, **kwargs), True)))
+        return cast(T, self._value(Job(lambda execute: work(execute, *args, **kwargs))))
 
     def _value(self, job: Job) -> Any:
-        """What the job returns or raises, done here or by whoever has the turn."""
-        if self.sqlite:
-            self._jobs.append(job)
-            with self._turn:
-                if not job.done:
-                    self._commit([self._jobs.popleft() for _ in range(len(self._jobs))])
-        else:
+        """What the job returns or raises, done here or by another who waits."""
+        if not self.sqlite:
             self._commit([job])
-        if job.error:
-            raise job.error
-        return job.value
+        else:
+            with self._mutex:
+                self._jobs.append(job)
+                busy, self._busy = self._busy, True
+            if busy:
+                job.woken.acquire()
+            if not job.done:
+                self._do_all()
+        try:
+            if job.error:
+                raise job.error
+            return job.value
+        finally:
+            job.error = None  # its traceback has this frame: a cycle, with the request's body
+
+    def _do_all(self) -> None:
+        """Does what all want who wait by now."""
+        with self._mutex:
+            jobs, self._jobs = self._jobs, []
+        try:
+            self._commit(jobs)
+        finally:
+            self._pass_on(jobs)
+
+    def _pass_on(self, done: list[Job]) -> None:
+        """Wakes those whose jobs these are, and gives the writer to the next who waits for it."""
+        with self._mutex:
+            self._busy = bool(self._jobs)
+            for job in done + self._jobs[:1]:
+                job.woken.release()
 
     def _commit(self, jobs: list[Job]) -> None:
-        """Does these jobs together; if one is at fault, each by itself, so that no other fails."""
-        writes = any(job.writes for job in jobs)
+        """Does these jobs together; if one is at fault, each by itself, so that no other fails.
+
+        A database that is locked or full is nobody's fault: then all fail.
+        """
         try:
-            with self._locked(writes), self._cursor(self._writers) as execute:
-                if self.sqlite and writes:
+            with self._locked(), self._cursor(self._writers) as execute:
+                if self.sqlite:
                     execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
                 for job in jobs:
                     job.do(execute)
-                if writes:
-                    execute("COMMIT")
+                execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - it is raised again by whoever waits for it
-            locked = isinstance(error, self.driver.OperationalError)  # or the disk is full
+            nobodys = getattr(error, "sqlite_errorname", "").startswith(LOCKED_OR_FULL)
             for job in jobs:
-                if len(jobs) == 1 or (locked and job.writes):
+                if nobodys or len(jobs) == 1:
                     job.error = error
                 else:
                     self._commit([job])
@@ -415,15 +447,16 @@ class Ledger:
             job.done = True
 
     @contextmanager
-    def _locked(self, writes: bool = True) -> Iterator[None]:
-        """Keeps the writers of other processes out."""
-        if self._folder and writes:
-            fcntl.flock(self._folder, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            if self._folder and writes:
-                fcntl.flock(self._folder, fcntl.LOCK_UN)
+    def _locked(self) -> Iterator[None]:
+        """Keeps other writers out, those of other processes, too."""
+        with self._turn if self.sqlite else nullcontext():
+            if self._folder:
+                fcntl.flock(self._folder, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                if self._folder:
+                    fcntl.flock(self._folder, fcntl.LOCK_UN)
 
     def checkpoint(self) -> None:
         """Moves SQLite's log into its file, where no caller waits: a busy disk may take seconds."""
@@ -435,7 +468,7 @@ class Ledger:
                 self._checked_at = written_at
                 ((_, pages, _),) = self.query("PRAGMA wal_checkpoint(PASSIVE)")
                 if pages > MAX_LOG_PAGES:  # for want of a quiet moment; what is left is little
-                    with self._turn, self._locked():
+                    with self._locked():
                         self.query("PRAGMA wal_checkpoint(RESTART)")
 
     def close(self) -> None:
@@ -452,9 +485,16 @@ class Ledger:
             return cast("list[Any]", execute(sql, values).fetchall())
 
     def look_up(self, sql: str, **values: object) -> list[Any]:
-        """query() for a few rows, by the connection that writes: it has them in its cache."""
-        job = Job(lambda execute: execute(sql, values).fetchall(), writes=False)
-        return cast("list[Any]", self._value(job))
+        """query() for a few rows: the writer, when it is free, has them in its cache."""
+        with self._mutex:
+            busy, self._busy = self._busy, True
+        if busy:
+            return self.query(sql, **values)
+        try:
+            with self._cursor(self._writers) as execute:
+                return cast("list[Any]", execute(sql, values).fetchall())
+        finally:
+            self._pass_on([])
 
     def write(self, sql: str, **values: object) -> list[Any]:
         """One statement with RETURNING in a transaction of its own; its rows, as tuples."""
@@ -1865,14 +1905,14 @@ class Task(waitress.task.WSGITask):
     """An answer whose headers leave together with the first bytes of its body."""
 
     def build_response_header(self) -> bytes:
-        """Leaves them with the channel, which sends them when anything follows."""
+        """Leaves them with the channel, and gives waitress nothing to send yet."""
         self.channel.head = super().build_response_header()
         return b""
 
     def finish(self) -> None:
         """Ends the answer; sends the headers of one that has no body."""
         super().finish()
-        self.channel.write_soon(b"")
+        self.channel.send_now(b"")
 
 
 class Channel(waitress.channel.HTTPChannel):
@@ -1881,11 +1921,15 @@ class Channel(waitress.channel.HTTPChannel):
     task_class, error_task_class, parser_class, head = Task, JSONErrorTask, Parser, b""
 
     def write_soon(self, data: bytes) -> int:
-        """Sends what the kernel takes now; only the rest goes through waitress's buffers."""
+        """Sends an answer's next bytes, if there are any: its headers wait for them."""
+        return self.send_now(data) if data else 0
+
+    def send_now(self, data: bytes) -> int:
+        """Sends what the kernel takes; only the rest goes through waitress's buffers."""
         unsent, self.head = self.head + data, b""
         with self.outbuf_lock:
             if self.connected and unsent and not self.total_outbufs_len:
-                with suppress(OSError):  # the next line meets it again, if it lasts
+                with suppress(OSError):  # write_soon() meets it again, if it lasts
                     unsent = unsent[self.socket.send(unsent) :]
                     self.last_activity = time.time()
             super().write_soon(unsent)

@@ -3168,10 +3168,12 @@ def test_refusal_keeps_the_connection_that_writes(gate: ThreadedGate) -> None:
 def waiting_together(gate: ThreadedGate, *jobs: Callable[[], object]) -> list[object]:
     """What each job returns, or the type that it raises, when all had to wait for one writer."""
     ledger = gate.server.app.ledger
+    wait_until(lambda: not ledger._busy, 5)
+    ledger._busy = True
     with ThreadPoolExecutor(len(jobs)) as pool:
-        with ledger._turn:
-            waiting = [pool.submit(job) for job in jobs]
-            wait_until(lambda: len(ledger._jobs) == len(jobs), 5)
+        waiting = [pool.submit(job) for job in jobs]
+        wait_until(lambda: len(ledger._jobs) == len(jobs), 5)
+        ledger._do_all()
         return [type(job.exception()) if job.exception() else job.result() for job in waiting]
 
 
@@ -3201,19 +3203,35 @@ def test_writers_who_wait_are_written_together_and_fail_alone(gate: ThreadedGate
     assert [limit for (limit,) in limits][-5:] == [2, 2, 4, 4, 3]
 
 
-def test_reader_does_not_fail_with_the_writers(gate: ThreadedGate) -> None:
-    """A key is still found when those who waited with it cannot write."""
+def test_key_is_found_while_writers_wait(gate: ThreadedGate) -> None:
+    """Another program has locked the database: who only reads does not wait with those who write."""
     user, ledger = register(gate), gate.server.app.ledger
-    ledger._writers[0].driver_connection.execute("PRAGMA busy_timeout = 0")
-    name = "SELECT username FROM users WHERE id = :id"
     path = gate.database_url.removeprefix("sqlite:///")
     limit = "UPDATE users SET token_limit = 1 WHERE id = :id RETURNING id"
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        read = functools.partial(ledger.look_up, name, id=user.id)
-        write = functools.partial(ledger.write, limit, id=user.id)
-        outcome = waiting_together(gate, read, write)
-        assert outcome == [[(user.name,)], sqlite3.OperationalError]
+        with ThreadPoolExecutor(2) as pool:
+            writers = [pool.submit(ledger.write, limit, id=user.id) for _ in range(2)]
+            wait_until(lambda: len(ledger._jobs) == 1, 2)
+            began = time.monotonic()
+            assert call(gate, "GET", "/v1/models", user.key).status_code == 200
+            assert time.monotonic() - began < 1
+            other.execute("ROLLBACK")
+            assert [writer.result() for writer in writers] == [[(user.id,)]] * 2
+
+
+def test_refused_requests_are_not_kept(gate: ThreadedGate) -> None:
+    """Their bodies would fill the memory until the collector of cycles comes, which is rarely."""
+    user = register(gate, token_limit=1)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            assert_error(chat(gate, user.key), 429, "insufficient_quota")
+        gone = [item for item in gc.get_objects() if isinstance(item, llmgate.Job)]
+    finally:
+        gc.enable()
+    assert len(gone) <= 1, gone
 
 
 def test_answer_leaves_in_one_piece(gate: Gate) -> None:
