@@ -204,7 +204,7 @@ ERRORS = {  # code: (status, message)
     "insufficient_quota": (429, "Quota used up: {used} of {limit} tokens; this needs {needed}."),
     "headers_too_large": (431, "The headers are larger than this gate accepts."),
     "internal_error": (500, "The gate failed; its log says why."),
-    "upstream_unavailable": (502, "No model server; start one: vllm serve MODEL --port 8001"),
+    "upstream_unavailable": (502, "No vLLM at VLLM_ENDPOINT; start it with: vllm serve MODEL"),
     "upstream_error": (502, "vLLM failed: {why}."),
     "database_unavailable": (503, "The gate's database does not answer; try again."),
     "overloaded": (503, "All places of the gate are taken; try again in a moment."),
