@@ -265,13 +265,7 @@ db = SQLAlchemy()
 # size. No checkpoint by itself: the watcher makes them, where no caller waits.
 PRAGMAS = """PRAGMA page_size = 2048; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;
 PRAGMA wal_autocheckpoint = 0"""
-LOCKED_OR_FULL = (
-    "SQLITE_BUSY",
-    "SQLITE_FULL",
-    "SQLITE_IOERR",
-    "SQLITE_READONLY",
-    "SQLITE_CANTOPEN",
-)
+LOCKED_OR_FULL = ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_IOERR")
 
 
 class Turn:
@@ -399,8 +393,10 @@ class Ledger:
                 busy, self._busy = self._busy, True
             if busy:
                 job.woken.acquire()
-            if not job.done:
+            if job in self._jobs:  # so it is woken to do all, not because it is done
                 self._do_all()
+        if not job.done:
+            raise RuntimeError("whoever had the writer was interrupted")
         try:
             if job.error:
                 raise job.error

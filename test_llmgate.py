@@ -3173,7 +3173,8 @@ def waiting_together(gate: ThreadedGate, *jobs: Callable[[], object]) -> list[ob
     with ThreadPoolExecutor(len(jobs)) as pool:
         waiting = [pool.submit(job) for job in jobs]
         wait_until(lambda: len(ledger._jobs) == len(jobs), 5)
-        ledger._do_all()
+        with contextlib.suppress(SystemExit):
+            ledger._do_all()
         return [type(job.exception()) if job.exception() else job.result() for job in waiting]
 
 
@@ -3189,6 +3190,10 @@ def test_writers_who_wait_are_written_together_and_fail_alone(gate: ThreadedGate
         execute("UPDATE users SET token_limit = :limit WHERE id = :id", values)
         if limit == 5:
             raise KeyError("a fault of ours")
+        if limit == 6:
+            execute("SELECT no_such_column FROM users")
+        if limit == 7:
+            raise SystemExit
         return limit
 
     def outcomes(*limits: int) -> list[object]:
@@ -3201,6 +3206,10 @@ def test_writers_who_wait_are_written_together_and_fail_alone(gate: ThreadedGate
     assert outcomes(2, -1, 4, 5, 3) == [2, sqlite3.IntegrityError, 4, KeyError, 3]
     limits = ledger.query("SELECT token_limit FROM users ORDER BY id")
     assert [limit for (limit,) in limits][-5:] == [2, 2, 4, 4, 3]
+    assert outcomes(3, 6, 5, 1, 1) == [3, sqlite3.OperationalError, KeyError, 1, 1]
+    assert outcomes(2, 7, 2, 2, 2) == [RuntimeError] * 5  # and nobody takes it for done
+    limits = ledger.query("SELECT token_limit FROM users ORDER BY id")
+    assert [limit for (limit,) in limits][-5:] == [3, 2, 4, 1, 1]
 
 
 def test_key_is_found_while_writers_wait(gate: ThreadedGate) -> None:
