@@ -59,7 +59,21 @@ CREATE TABLE IF NOT EXISTS usage (
     FOREIGN KEY (user_id) REFERENCES users (id),
     FOREIGN KEY (api_key_id) REFERENCES api_keys (id)
 );
+-- The index of the first version, which the next one replaces.
+DROP INDEX IF EXISTS usage_by_user;
 -- In the order in which a usage report groups, with all that it adds up: it never touches the table.
 CREATE INDEX IF NOT EXISTS usage_by_day ON usage
     (user_id, (created_at / 86400), model, api_key_id, created_at, prompt_tokens, completion_tokens);
 CREATE INDEX IF NOT EXISTS usage_pending ON usage (user_id, lease_until) WHERE status = 'pending';
+
+-- Logins that failed, by the name as it was typed; a right password takes its row out.
+CREATE TABLE IF NOT EXISTS login_attempts (
+    name_hash TEXT PRIMARY KEY NOT NULL,        -- SHA-256: people type passwords as names, too
+    tries INTEGER NOT NULL,
+    held_until_ms BIGINT NOT NULL               -- Unix milliseconds; until then no try is made
+);
+
+-- The periods of QUOTA_PERIOD that have begun; who writes one lets all quotas begin again.
+CREATE TABLE IF NOT EXISTS quota_periods (
+    begins_at BIGINT PRIMARY KEY NOT NULL
+);
