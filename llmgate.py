@@ -145,7 +145,8 @@ class Settings:
         """Settings from variables; SettingsError names the first one that cannot be right."""
         values: JSONObject = {}
         for item in fields(cls):
-            name, rule = item.name.upper(), item.metadata["rule"]
+            name = item.name.upper()
+            rule = item.metadata["rule"]
             must_be = item.metadata["must_be"]
             value: Any = env.get(name, "").strip() or item.metadata["default"]
             if isinstance(rule, range):
@@ -278,7 +279,8 @@ class APIError(Exception):
 
     def __init__(self, code: str, param: str | None = None, **values: Any) -> None:
         """`values` fill the message; but `reason` is for the log alone, `wait_s` is Retry-After."""
-        self.code, self.param = code, param
+        self.code = code
+        self.param = param
         self.status, message = ERRORS[code]
         super().__init__(message.format(param=param, **values))
         self.for_log = f"{code}: {values.get('reason') or self}"
@@ -317,7 +319,8 @@ class Database:
     """The database: short write transactions, one at a time on SQLite, and reads beside them."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._engine, self._sqlite = engine, engine.dialect.name == "sqlite"
+        self._engine = engine
+        self._sqlite = engine.dialect.name == "sqlite"
         driver = cast(Any, engine.dialect).dbapi
         self.IntegrityError: type[Exception] = driver.IntegrityError
         no_connection = (sa.exc.OperationalError, sa.exc.TimeoutError)
@@ -515,7 +518,8 @@ class Keyring:
 
     def jwt_answer(self, user_id: int, jwt_version: int) -> JSONObject:
         """RFC 6749's {"access_token", "token_type", "expires_in" (seconds)}."""
-        now, life_s = int(time.time()), self._jwt_life_s
+        now = int(time.time())
+        life_s = self._jwt_life_s
         claims = {"sub": str(user_id), "ver": jwt_version, "iat": now, "exp": now + life_s}
         token = jwt.encode(claims, self._jwt_key, algorithm="HS256")
         return {"access_token": token, "token_type": "bearer", "expires_in": life_s}
@@ -562,7 +566,8 @@ def hash_password(password: object, param: str = "password") -> str:
 
 def log_in(username: object, password: object) -> tuple[int, int, str]:
     """id, jwt_version, password_hash; 401, 403, 429. An unknown name costs the same as a known."""
-    database, encoded = gate().database, utf8(password)
+    database = gate().database
+    encoded = utf8(password)
     name = username.lower()[:65] if isinstance(username, str) else ""
     g.login_name = name if USERNAME.fullmatch(name) else "(no well-formed name)"
     values: JSONObject = {"name_hash": sha256_of(name)}  # people type passwords as names, too
@@ -620,12 +625,14 @@ def require_caller() -> None:
     accepted = request.blueprint  # "key", "jwt" or "key or jwt"
     credential = sent_credential()
     if accepted == "key" or (accepted != "jwt" and credential.startswith("sk-llmgate-")):
-        code, found = "invalid_api_key", API_KEY.fullmatch(credential)
+        code = "invalid_api_key"
+        found = API_KEY.fullmatch(credential)
         if not found or found[2] not in checksums(found[1]):  # mistyped: costs no query
             raise APIError(code, reason="its form or its checksum is wrong")
         rows = gate().database.query(CALLER_BY_KEY, key_hash=sha256_of(credential))
     else:
-        code, values = "invalid_token", gate().keyring.read_jwt(credential)
+        code = "invalid_token"
+        values = gate().keyring.read_jwt(credential)
         rows = gate().database.query(CALLER_BY_JWT, **values)
     if not rows:
         raise APIError(code, reason="nobody has it, or has it any more")
@@ -782,7 +789,8 @@ def period_of(period: str, now: float) -> tuple[int, int | None]:
     if period == "never":
         return 0, None
     today = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    monday, first = today - timedelta(days=today.weekday()), today.replace(day=1)
+    monday = today - timedelta(days=today.weekday())
+    first = today.replace(day=1)
     begins = {"day": today, "week": monday, "month": first}[period]
     ends = begins + timedelta(days={"day": 1, "week": 7, "month": 31}[period])
     if period == "month":
@@ -895,11 +903,15 @@ class Exchange:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # the kernel's: no poll() each time
             self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", timeout_s, 0))
         self._timeout_s = timeout_s
+        self._heard_at = time.monotonic()
+        self.has_output = False  # the answer shows what the model writes
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
 
     def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> None:
         """Sends the request and waits for the answer's status and headers."""
+        self._heard_at = time.monotonic()
+        self.has_output = False
         with self._translated():
             self._connection.request("POST", path, body, headers)
             if not self.arrives(self._timeout_s):
@@ -909,8 +921,9 @@ class Exchange:
                 raise ValueError("a Content-Length that is no number")
 
     def pieces(self) -> Iterator[bytes]:
-        """The body as it arrives; b"" after each PING_S of silence."""
-        response, heard_at = self.response, time.monotonic()
+        """The body as it arrives; b"" after each PING_S of silence before the first output."""
+        response = self.response
+        self._heard_at = time.monotonic()
         with self._translated():
             # The body's first bytes may be in the reader already, where poll() cannot see them.
             self._sock.setblocking(False)
@@ -919,8 +932,10 @@ class Exchange:
                 ready = not response.isclosed() and bool(response.fp.peek(1))
             self._sock.setblocking(True)
             while not response.isclosed() and response.length != 0:
-                left_s = heard_at + self._timeout_s - time.monotonic()
-                if not ready and not self.arrives(min(PING_S, max(0.0, left_s))):
+                left_s = self._heard_at + self._timeout_s - time.monotonic()
+                wait_s = min(PING_S, max(0.0, left_s))
+                # Later on it would cost a tenth of a stream's time, and the kernel's limit is there.
+                if not ready and not self.has_output and not self.arrives(wait_s):
                     if left_s <= PING_S:
                         raise TimeoutError("its answer stopped")
                     yield b""
@@ -932,7 +947,8 @@ class Exchange:
                     if not response.fp.peek(1).lstrip():
                         break
                     pieces.append(response.read1(65536))
-                ready, heard_at = len(pieces) == 100, time.monotonic()
+                ready = len(pieces) == 100
+                self._heard_at = time.monotonic()
                 if pieces[0]:
                     yield b"".join(pieces)
             if response.length:
@@ -948,9 +964,10 @@ class Exchange:
         """502 when the connection breaks off or makes no sense, 504 when time is over."""
         try:
             yield
-        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError) as error:
-            raise APIError("upstream_timeout", reason=words_of(error)) from None
         except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
+            silent_s = time.monotonic() - self._heard_at
+            if isinstance(error, TimeoutError) or silent_s > self._timeout_s - 0.1:
+                raise APIError("upstream_timeout", reason=words_of(error)) from None
             why = "it broke the connection off"
             raise APIError("upstream_error", why=why, reason=words_of(error)) from None
 
@@ -969,7 +986,8 @@ class Upstream:
     """One model server: what it serves, what is known of its ways, its idle connections."""
 
     def __init__(self, url: str, settings: Settings) -> None:
-        self.url, self._timeout_s = url, settings.upstream_timeout
+        self.url = url
+        self._timeout_s = settings.upstream_timeout
         self._tls = ssl.create_default_context() if url.startswith("https") else None
         self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if settings.vllm_api_key:
@@ -979,7 +997,8 @@ class Upstream:
         paths = ssl.get_default_verify_paths()  # the system's, as for relayed requests
         self.session.verify = paths.cafile or paths.capath or True
         self.models: dict[str, JSONObject] = {}  # id: its entry in /v1/models
-        self.up, self.why_down = False, ""
+        self.up = False
+        self.why_down = ""
         self._idle: list[Exchange] = []
         self.can_abort: bool | None = None  # None: not known yet
         self.no_running_counts_until: dict[str, float] = {}  # model: monotonic
@@ -1016,7 +1035,8 @@ class Upstream:
         """The server is not there: who comes back may be another one."""
         if self.up or why != self.why_down:
             log.warning("%s is down: %s", self.url, why)
-        self.up, self.why_down = False, why
+        self.up = False
+        self.why_down = why
         self.can_abort = None
         self.no_running_counts_until = {}
 
@@ -1196,7 +1216,8 @@ class Meter:
     LAST = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
     def __init__(self, claim: Claim, reserved: int, body: JSONObject, context: int | None) -> None:
-        self._claim, self._reserved = claim, reserved
+        self._claim = claim
+        self._reserved = reserved
         self._most = claim.choices * context if context else MAX_BIGINT  # what can be true
         self._n = body.get("n") or 1
         options = body.get("stream_options") or {}
@@ -1207,14 +1228,17 @@ class Meter:
         self.done = False  # the protocol's last event has come
         self.failed = False  # vLLM has reported an error
         self.worked_since: float | None = None  # monotonic: an event has shown that it generates
-        self._deltas, self._text_bytes = 0, 0
+        self._deltas = 0
+        self._text_bytes = 0
         self._usage: JSONObject = {}  # the block at the end, or what is known of it
         self._choices: dict[int, bytes] = {}  # the last block of each, to be added up
         self._rest = b""
 
     def feed(self, piece: bytes) -> bytes:
         """The events that are complete now, as the caller shall see them; 502 if one is endless."""
-        shown, start, searched = [], 0, max(0, len(self._rest) - 3)
+        shown = []
+        start = 0
+        searched = max(0, len(self._rest) - 3)
         self._rest += piece
         for end in self.EVENT_END.finditer(self._rest, searched):
             if self.done:  # nothing belongs behind the last event
@@ -1257,7 +1281,9 @@ class Meter:
 
     def _chat_event(self, event: bytes, value: JSONObject) -> bytes:
         """An event of chat or completions, without usage unless the caller asked for it."""
-        choices, usage, shows = value.get("choices"), value.get("usage"), self._show_last
+        choices = value.get("choices")
+        usage = value.get("usage")
+        shows = self._show_last
         choice = choices[0] if isinstance(choices, list) and choices else None
         if isinstance(choice, dict):
             index = choice["index"] if type(choice.get("index")) is int else 0
@@ -1281,7 +1307,9 @@ class Meter:
 
     def read_whole(self, answer: JSONObject, size: int) -> None:
         """Takes note of a plain answer and its bytes."""
-        self._usage, self._text_bytes, self.done = answer.get("usage") or {}, size, True
+        self._usage = answer.get("usage") or {}
+        self._text_bytes = size
+        self.done = True
 
     def counts(self, at_end: bool = False) -> Counts:
         """The tokens so far: vLLM's count, or an estimate; none before the answer has begun.
@@ -1371,7 +1399,9 @@ MEDIA_WORD = re.compile(rb'"(image|audio|video|input_|file|document)[a-z_]*"|\\u
 
 def media_in(body: JSONObject) -> tuple[int, int, int]:
     """Pictures, other media, and bytes of their data, in all shapes of OpenAI and Anthropic."""
-    pictures, others, data_bytes = 0, 0, 0
+    pictures = 0
+    others = 0
+    data_bytes = 0
     stack: list[Any] = [body]
     while stack:
         value = stack.pop()
@@ -1402,7 +1432,8 @@ def claim_of(body: JSONObject, raw: bytes, endpoint: str, context: int | None) -
 
     A picture counts as what models make of it, never as its base64; nothing is above the context.
     """
-    protocol, prompts = PROTOCOLS[endpoint], prompts_of(body, endpoint)
+    protocol = PROTOCOLS[endpoint]
+    prompts = prompts_of(body, endpoint)
     n = whole_number(body, "n", 1, 16) or 1
     least = 0 if endpoint == "completions" else 1
     asked = [whole_number(body, name, least) for name in protocol.bounds]
@@ -1419,7 +1450,8 @@ def claim_of(body: JSONObject, raw: bytes, endpoint: str, context: int | None) -
     if is_ids and not is_odd:
         prompt = estimate = sum(map(len, prompts)) + len(prompts)
     if context:
-        prompt, output = min(prompt, context * len(prompts)), min(output, context)
+        prompt = min(prompt, context * len(prompts))
+        output = min(output, context)
     choices = len(prompts) * (n if protocol.reports else 1)
     countable = not (is_ids or is_odd or pictures or others)
     return Claim(prompt, min(max(1, estimate), prompt), output, choices, countable)
@@ -1499,7 +1531,9 @@ class Relay:
     """
 
     def __init__(self, watcher: Watcher, caller: Caller, endpoint: str, body: JSONObject) -> None:
-        self.watcher, self.caller, self.endpoint = watcher, caller, endpoint
+        self.watcher = watcher
+        self.caller = caller
+        self.endpoint = endpoint
         self.request_id: str = g.request_id
         self.started_at: float = g.started_at
         self.is_gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", bool)
@@ -1519,7 +1553,9 @@ class Relay:
 
     def reserve(self, app: Gate, server: Upstream, body: JSONObject, raw: bytes) -> None:
         """Writes the row, and the bound of the output into the body; 400, 429, 502, 504."""
-        caller, endpoint, protocol = self.caller, self.endpoint, PROTOCOLS[self.endpoint]
+        caller = self.caller
+        endpoint = self.endpoint
+        protocol = PROTOCOLS[self.endpoint]
         context = server.context(self.model)
         claim = claim_of(body, raw, endpoint, context)
         room = caller.token_limit - caller.tokens_used - caller.tokens_reserved
@@ -1549,7 +1585,8 @@ class Relay:
                 break
         else:
             raise self.watcher.upstreams.unavailable()
-        self.upstream, self.exchange = server, exchange
+        self.upstream = server
+        self.exchange = exchange
         if self.reason:
             raise APIError("draining", reason=self.reason)
         if self.endpoint == "responses":
@@ -1576,7 +1613,8 @@ class Relay:
     def _answer(self, exchange: Exchange, refusal: bytes) -> Response:
         """The answer to relay: 200 or vLLM's own 4xx; 502 or 503 for all else."""
         meter = cast(Meter, self.meter)
-        status, headers = exchange.response.status, cast(Any, exchange.response.headers)
+        status = exchange.response.status
+        headers = cast(Any, exchange.response.headers)
         meter.begun = status == 200
         require_good_answer(status, headers)
         content_type = headers.get("content-type", "")
@@ -1597,7 +1635,8 @@ class Relay:
                 raise APIError("upstream_error", why="its answer is not a JSON object")
             meter.read_whole(value, len(body))
         elif GENERATED_ANYWAY.search(body):
-            meter.begun, meter.worked_since = True, self.started_at
+            meter.begun = True
+            meter.worked_since = self.started_at
         if self.reason == DRAINING:
             raise APIError("draining")
         self.end("ok" if status == 200 else "error", f"vLLM answers {status}")  # before it is seen
@@ -1612,11 +1651,13 @@ class Relay:
     def _events(self) -> Iterator[bytes]:
         """vLLM's events, and a comment in long silence; an error event when they break off."""
         meter = cast(Meter, self.meter)
+        exchange = cast(Exchange, self.exchange)
         try:
             for piece in self._pieces:
                 if piece:
                     self._note_time("first_byte_ms")
                 shown = meter.feed(piece) if piece else COMMENT
+                exchange.has_output = meter.worked_since is not None
                 if meter.done:
                     break
                 if shown and self.reason != DRAINING:
@@ -1656,7 +1697,8 @@ class Relay:
         The watcher calls it each 0.1 s once there is a reason. Where vLLM has no abort_requests, a
         plain request whose caller left runs to its end.
         """
-        server, exchange = self.upstream, self.exchange
+        server = self.upstream
+        exchange = self.exchange
         if server is None or exchange is None or not self.upstream_ids:
             return
         waited_s = time.monotonic() - self.stopped_at
@@ -1691,7 +1733,8 @@ class Relay:
     def book(self) -> None:
         """Books what is known now, until the end is booked; then writes the log's line. 503."""
         with self._lock:
-            ended, meter = self.status != "pending", self.meter
+            ended = self.status != "pending"
+            meter = self.meter
             if self not in self.watcher.running:
                 return
             if meter:
@@ -1749,7 +1792,8 @@ def plain_answer(body: bytes, status: int, headers: Mapping[str, str]) -> Respon
     if status == 429:
         response.headers["Retry-After"] = headers.get("retry-after", "1")
         if MISREAD.search(body):
-            wait_s, why = response.headers["Retry-After"], "vLLM takes no more requests now"
+            wait_s = response.headers["Retry-After"]
+            why = "vLLM takes no more requests now"
             raise APIError("rate_limit_exceeded", why=why, wait_s=wait_s)
     return response
 
@@ -1763,7 +1807,9 @@ class Watcher(threading.Thread):
 
     def __init__(self, database: Database, upstreams: Upstreams, quota_period: str) -> None:
         super().__init__(name="watcher", daemon=True)
-        self.database, self.upstreams, self._quota_period = database, upstreams, quota_period
+        self.database = database
+        self.upstreams = upstreams
+        self._quota_period = quota_period
         self.stopping = threading.Event()
         self.pool = ThreadPoolExecutor(5, "watcher")  # for what may take long
         self.running: set[Relay] = set()
@@ -2058,7 +2104,8 @@ def models(model: str | None) -> JSONObject:
 @key_routes.post("/v1/responses", defaults={"endpoint": "responses"})
 def relay_request(endpoint: str) -> Response:
     """vLLM's answer, plain or streamed, within the caller's quota."""
-    app, body = gate(), read_json()
+    app = gate()
+    body = read_json()
     require_relayable(body, endpoint)
     if endpoint == "completions":
         body.setdefault("max_tokens", 16)  # as vLLM and OpenAI do; other servers would go on
@@ -2091,7 +2138,8 @@ COUNTING = threading.Semaphore(16)  # callers of count_tokens at a time: they ho
 @key_routes.post("/v1/messages/count_tokens")
 def count_tokens() -> Response:
     """vLLM's count of a prompt, free of charge."""
-    upstreams, body = gate().upstreams, read_json()
+    upstreams = gate().upstreams
+    body = read_json()
     require_relayable(body, "messages")
     body["model"] = upstreams.resolve(body["model"])
     server = upstreams.route(body["model"], [])[0]
@@ -2149,7 +2197,8 @@ def table(title: str, rows: list[Any]) -> str:
 
 def drawn_usage(username: str, report: JSONObject) -> str:
     """A usage report in 80 columns."""
-    used, limit = report["tokens_used"], report["token_limit"]
+    used = report["tokens_used"]
+    limit = report["token_limit"]
     text = f"{username}: {used:,} of {limit:,} tokens used ({100 * used // limit} %)\n"
     if report["resets_at"]:
         text += f"begins again on {when(report['resets_at'])}\n"
@@ -2236,7 +2285,8 @@ wire_api = "responses"
 @routes.before_app_request
 def begin_request() -> None:
     """When the request began, and its id; 400 `host_not_allowed`. Bodies of accounts are small."""
-    g.started_at, g.request_id = time.monotonic(), secrets.token_hex(16)
+    g.started_at = time.monotonic()
+    g.request_id = secrets.token_hex(16)
     allowed = gate().settings.allowed_hosts
     host = host_name(request.environ.get("HTTP_HOST", ""))
     if request.path != "/health" and (not host or (allowed and host not in allowed)):
@@ -2421,7 +2471,8 @@ class Parser(HTTPRequestParser):
 class Channel(HTTPChannel):
     """A connection whose errors are JSON."""
 
-    error_task_class, parser_class = JSONErrorTask, Parser
+    error_task_class = JSONErrorTask
+    parser_class = Parser
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -2505,7 +2556,8 @@ class Server:
 
     def _drain(self, grace_s: float) -> None:
         """The rest of drain(), beside waitress, which goes on serving meanwhile."""
-        running, channels = self.app.watcher.running, self._waitress.active_channels
+        running = self.app.watcher.running
+        channels = self._waitress.active_channels
         wait_until(lambda: not running, grace_s)
         for relay in list(running):
             relay.stop(DRAINING)
@@ -2561,7 +2613,9 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
     Gate(settings).database.close()  # makes the tables and the secret, while nobody else does
     workers: dict[int, int] = {}  # process id: its number
     missing = list(range(1, settings.processes + 1))
-    supervisor, code, ending = os.getpid(), 0, False
+    supervisor = os.getpid()
+    code = 0
+    ending = False
 
     def end(*_: object) -> None:
         nonlocal ending
@@ -2583,7 +2637,8 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
             workers[pid] = missing.pop(0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         pid, wait_status = os.wait()
-        number, code = workers.pop(pid), os.waitstatus_to_exitcode(wait_status)
+        number = workers.pop(pid)
+        code = os.waitstatus_to_exitcode(wait_status)
         if not ending and code == 2:  # a setting is wrong
             end()
         elif not ending:
@@ -2673,7 +2728,8 @@ def users() -> None:
     """List all accounts with their quotas."""
     click.echo(f"{'id':>5} {'username':<24} {'used':>13} {'limit':>13}")
     for user in accounts():
-        used, limit = user.tokens_used, user.token_limit
+        used = user.tokens_used
+        limit = user.token_limit
         state = "disabled" if user.disabled_at else ""
         click.echo(f"{user.id:>5} {user.username[:24]:<24} {used:>13,} {limit:>13,} {state}")
 
@@ -2701,7 +2757,8 @@ def keys(name: str, key_id: int | None) -> None:
         revoke(user.id, key_id)
     click.echo(f"{'id':>5} {'name':<28} {'created':<10} {'last used':<10} {'tokens':>13}")
     for key in keys_of(user.id):
-        made, used = date_of(key["created_at"]), date_of(key["last_used_at"])
+        made = date_of(key["created_at"])
+        used = date_of(key["last_used_at"])
         label = printable(key["name"])[:28]
         click.echo(f"{key['id']:>5} {label:<28} {made:<10} {used:<10} {key['tokens_used']:>13,}")
 
