@@ -348,15 +348,11 @@ class Database:
     @contextmanager
     def begin(self) -> Iterator[Execute]:
         """A write transaction's execute(sql, {name: value}); an exception undoes it all. 503."""
-        with self._connected() as (connection, execute), self.exclusive():
+        with self.exclusive(), self._connected() as (connection, execute):
             if self._sqlite:
                 execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
-            try:
-                yield execute
-                connection.commit()
-            except BaseException:
-                connection.rollback()
-                raise
+            yield execute
+            connection.commit()
 
     def write(self, sql: str, **values: object) -> list[Any]:
         """What one statement returns (RETURNING), in a transaction of its own. 503."""
@@ -2365,7 +2361,8 @@ def load_secret(settings: Settings, database: Database) -> str:
 SQLITE = {"isolation_level": None, "check_same_thread": False, "timeout": DB_TIMEOUT_S}
 LIBPQ = {"connect_timeout": DB_TIMEOUT_S, "tcp_user_timeout": DB_TIMEOUT_S * 1000}
 LIBPQ |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2}
-POOL = {"pool_timeout": DB_TIMEOUT_S, "pool_size": 8, "max_overflow": 56, "hide_parameters": True}
+POOL = {"pool_timeout": DB_TIMEOUT_S, "pool_size": 32, "max_overflow": 32, "hide_parameters": True}
+POOL["pool_use_lifo"] = True  # the connection that was used last has its pages at hand
 
 
 class Gate(Flask):
