@@ -322,7 +322,6 @@ class Database:
         self._engine = engine
         self._sqlite = engine.dialect.name == "sqlite"
         driver = cast(Any, engine.dialect).dbapi
-        self.IntegrityError: type[Exception] = driver.IntegrityError
         no_connection = (sa.exc.OperationalError, sa.exc.TimeoutError)
         self._unavailable = (driver.OperationalError, driver.InterfaceError, *no_connection)
         self._lock = threading.Lock()  # protects SQLite's write lock, so that nobody polls for it
@@ -900,14 +899,12 @@ class Exchange:
             self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", timeout_s, 0))
         self._timeout_s = timeout_s
         self._heard_at = time.monotonic()
-        self.has_output = False  # the answer shows what the model writes
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
 
     def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> None:
         """Sends the request and waits for the answer's status and headers."""
         self._heard_at = time.monotonic()
-        self.has_output = False
         with self._translated():
             self._connection.request("POST", path, body, headers)
             if not self.arrives(self._timeout_s):
@@ -917,7 +914,7 @@ class Exchange:
                 raise ValueError("a Content-Length that is no number")
 
     def pieces(self) -> Iterator[bytes]:
-        """The body as it arrives; b"" after each PING_S of silence before the first output."""
+        """The body as it arrives; b"" after each PING_S of silence."""
         response = self.response
         self._heard_at = time.monotonic()
         with self._translated():
@@ -930,8 +927,7 @@ class Exchange:
             while not response.isclosed() and response.length != 0:
                 left_s = self._heard_at + self._timeout_s - time.monotonic()
                 wait_s = min(PING_S, max(0.0, left_s))
-                # Later on it would cost a tenth of a stream's time, and the kernel's limit is there.
-                if not ready and not self.has_output and not self.arrives(wait_s):
+                if not ready and not self.arrives(wait_s):
                     if left_s <= PING_S:
                         raise TimeoutError("its answer stopped")
                     yield b""
@@ -1075,7 +1071,8 @@ class Upstream:
         asked = encoded({"request_ids": upstream_ids})
         with suppress(APIError):
             answer = self.call("/inference/v1/abort_requests", asked)
-            self.can_abort = answer.status_code == 200
+            if answer.status_code in (200, 403, 404, 405):
+                self.can_abort = answer.status_code == 200
 
     def context(self, model: str) -> int | None:
         """Tokens of a model's context: vLLM's max_model_len, llama.cpp's n_ctx; None: not told."""
@@ -1189,7 +1186,8 @@ def read_usage(usage: object) -> Counts | None:
     numbers: Any = (prompt, written, read, made, cached)
     if not all(type(number) is int and number >= 0 for number in numbers) or not any(numbers):
         return None
-    return Counts(numbers[0] + read + made, numbers[1], cached)
+    whole_prompt = numbers[0] + read + made
+    return Counts(whole_prompt, numbers[1], min(cached, whole_prompt))
 
 
 class Meter:
@@ -1220,7 +1218,8 @@ class Meter:
         self._show_last = options.get("include_usage") is True
         self._show_all = self._show_last and options.get("continuous_usage_stats") is True
         self.begun = False  # vLLM's answer has begun
-        self.finished = False  # a choice has said why it ended
+        self._ended: set[int] = set()  # choices that have said why they ended
+        self.finished = False  # all of them have
         self.done = False  # the protocol's last event has come
         self.failed = False  # vLLM has reported an error
         self.worked_since: float | None = None  # monotonic: an event has shown that it generates
@@ -1284,7 +1283,9 @@ class Meter:
         if isinstance(choice, dict):
             index = choice["index"] if type(choice.get("index")) is int else 0
             finish = isinstance(choice.get("finish_reason"), str)
-            self.finished |= finish
+            if finish:
+                self._ended.add(index)
+            self.finished = len(self._ended) >= self._claim.choices
             if isinstance(usage, dict):
                 only_here = finish and index not in self._choices  # of a server that sends it once
                 shows = self._show_all or (self._show_last and only_here)
@@ -1559,7 +1560,9 @@ class Relay:
         sends_bound = granted < claim.output or protocol.in_context
         passes_context = context and sends_bound and granted + claim.prompt > context
         if room > 0 and claim.countable and (claim.prompt > room // 8 or passes_context):
-            counted = count_prompt(server, endpoint, body)
+            counted = None
+            with suppress(APIError):  # ask() says it, if no other server is there
+                counted = count_prompt(server, endpoint, body)
             if counted is None and not protocol.prompt:
                 counted = min(claim.prompt, len(raw) // 3 + 1)  # a token is guessed to be 3 bytes
             if counted is not None:
@@ -1569,6 +1572,8 @@ class Relay:
         row["stream"] = int(self.stream)
         most = app.settings.max_requests_per_user
         with app.database.begin() as execute:
+            if self.reason:  # drain() waits no longer
+                raise APIError("draining", reason=self.reason)
             granted, self.running = reserve(execute, caller, claim, row, most, app.renews())
         self.meter = Meter(claim, row["reserved"], body, context)
         limit_output(body, endpoint, claim, granted, context)
@@ -1636,7 +1641,10 @@ class Relay:
         if self.reason == DRAINING:
             raise APIError("draining")
         self.end("ok" if status == 200 else "error", f"vLLM answers {status}")  # before it is seen
-        cast(Upstream, self.upstream).keep(exchange)  # end_upstream() lets go of it by now
+        if self.reason:  # end_upstream() may have ended half of it
+            exchange.close()
+        else:
+            cast(Upstream, self.upstream).keep(exchange)
         return plain_answer(body, status, headers)
 
     def _note_time(self, name: str) -> None:
@@ -1647,13 +1655,11 @@ class Relay:
     def _events(self) -> Iterator[bytes]:
         """vLLM's events, and a comment in long silence; an error event when they break off."""
         meter = cast(Meter, self.meter)
-        exchange = cast(Exchange, self.exchange)
         try:
             for piece in self._pieces:
                 if piece:
                     self._note_time("first_byte_ms")
                 shown = meter.feed(piece) if piece else COMMENT
-                exchange.has_output = meter.worked_since is not None
                 if meter.done:
                     break
                 if shown and self.reason != DRAINING:
@@ -1717,7 +1723,7 @@ class Relay:
                 return
             self.why = f" ({why})" if status != "ok" else ""
             self._note_time("duration_ms")
-            if self.meter and self.upstream_ids and self.reason == DRAINING:
+            if self.meter and self.upstream_ids and DRAINING in (self.reason, why):
                 self.meter.begun = True  # vLLM was at work, though nothing of it was seen
             self.counts = self.meter.counts(at_end=True) if self.meter else Counts()
             self.status = "aborted" if self.reason == LEFT else status
@@ -1844,7 +1850,7 @@ class Watcher(threading.Thread):
                     relay.stop(LEFT)
                 if relay.reason and relay.status == "pending":
                     relay.end_upstream()
-        self.pool.shutdown()
+        self.pool.shutdown(cancel_futures=True)
 
     def _keep_up(self) -> None:
         """Renews quotas when their period begins, and does the upkeep each 2 s."""
@@ -1886,7 +1892,9 @@ class Watcher(threading.Thread):
         for relay in list(self.running):
             try:
                 relay.book()
-            except self.database.IntegrityError:  # so that the others still get booked
+            except APIError:
+                raise
+            except Exception:  # so that the others still get booked
                 log.exception("a row cannot be booked")
         lost = self.database.query(LOST_ROWS, now=int(time.time()))
         here = {relay.request_id for relay in list(self.running)}
@@ -2128,7 +2136,7 @@ def relay_request(endpoint: str) -> Response:
     return response
 
 
-COUNTING = threading.Semaphore(16)  # callers of count_tokens at a time: they hold threads
+COUNTING = threading.Semaphore(24)  # callers of count_tokens at a time: they hold threads
 
 
 @key_routes.post("/v1/messages/count_tokens")
@@ -2139,7 +2147,7 @@ def count_tokens() -> Response:
     require_relayable(body, "messages")
     body["model"] = upstreams.resolve(body["model"])
     server = upstreams.route(body["model"], [])[0]
-    if not COUNTING.acquire(timeout=10):
+    if not COUNTING.acquire(blocking=False):
         raise APIError("overloaded")
     try:
         answer = server.call("/v1/messages/count_tokens", encoded(body), 30)
@@ -2559,8 +2567,9 @@ class Server:
         for relay in list(running):
             relay.stop(DRAINING)
         wait_until(lambda: not running, 5)
-        for relay in list(running):  # its caller does not read, or vLLM is not even reached
-            relay.end("error", DRAINING)
+        for relay in list(running):  # its caller does not read; one without a row sees `reason`
+            if relay.meter:
+                relay.end("error", DRAINING)
         wait_until(
             lambda: not any(c.requests or c.total_outbufs_len for c in [*channels.values()]), 2
         )
@@ -2685,7 +2694,7 @@ def accounts(name: str | None = None) -> list[Caller]:
     """The account of a name, or all; a click error if nobody has the name."""
     everyone = gate().database.query(f"SELECT {USER} FROM users u ORDER BY u.id")
     found = [Caller(*row) for row in everyone if name is None or row[1].lower() == name.lower()]
-    if name and not found:
+    if name is not None and not found:
         raise click.ClickException(f"There is no user {name!r}; see: python llmgate.py users")
     return found
 
