@@ -1952,14 +1952,15 @@ def how_to_register(url: str, settings: Settings) -> str:
 def root() -> Response:
     """What this is, and what to do next."""
     url = base_url()
+    key = '-H "Authorization: Bearer $LLMGATE_API_KEY"'
     text = f"""llmgate: OpenAI's and Anthropic's API with accounts, keys and quotas in front of vLLM.
 
 register  {how_to_register(url, gate().settings)}
 base URL  {url}/v1 (OpenAI), {url} (Anthropic)
-usage     curl {url}/users/usage -H "Authorization: Bearer $KEY" -H 'Accept: text/plain'
+usage     curl {url}/users/usage {key} -H 'Accept: text/plain'
 OpenCode  opencode auth login {url}
-Claude    curl -sf {url}/claude.json -H "Authorization: Bearer $KEY" > ~/.claude/settings.json
-Codex     curl -sf {url}/codex.toml -H "Authorization: Bearer $KEY" > ~/.codex/config.toml
+Claude    curl -sf --create-dirs {url}/claude.json {key} -o ~/.claude/settings.json
+Codex     curl -sf --create-dirs {url}/codex.toml {key} -o ~/.codex/config.toml
 """
     return Response(text, mimetype="text/plain")
 
@@ -2263,6 +2264,7 @@ def claude_json() -> JSONObject:
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context),
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(min(context // 4, 32000)),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_MAX_RETRIES": "3",  # or it is silent for minutes while vLLM is down
     }
     sizes = {f"ANTHROPIC_DEFAULT_{size}_MODEL": model for size in ("OPUS", "SONNET", "HAIKU")}
     return {"env": variables | sizes}
@@ -2836,7 +2838,8 @@ def main() -> None:
         click.echo(f"llmgate: {error}", err=True)
         sys.exit(2)
     except APIError as error:
-        sys.exit(f"llmgate: {error} ({error.for_log})")
+        why = "" if str(error) in error.for_log else f" ({error.for_log})"
+        sys.exit(f"llmgate: {error}{why}")
 
 
 if __name__ == "__main__":
