@@ -347,8 +347,9 @@ class Database:
     @contextmanager
     def begin(self) -> Iterator[Execute]:
         """A write transaction's execute(sql, {name: value}); an exception undoes it all. 503."""
-        with self.exclusive(), self._connected() as (connection, execute):
+        with self.exclusive() as left_ms, self._connected() as (connection, execute):
             if self._sqlite:
+                execute(f"PRAGMA busy_timeout = {left_ms}")  # other programs may have it locked
                 execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
             yield execute
             connection.commit()
@@ -385,10 +386,13 @@ class Database:
             raise APIError("database_unavailable", reason=words_of(error)) from None
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Keeps SQLite's other writers out, threads and processes; 503 after DB_TIMEOUT_S."""
+    def exclusive(self) -> Iterator[int]:
+        """Keeps SQLite's other writers out, threads and processes; 503 after DB_TIMEOUT_S.
+
+        Gives the milliseconds of that time that are left.
+        """
         if not self._sqlite:
-            yield
+            yield 0
             return
         deadline = time.monotonic() + DB_TIMEOUT_S
         if not self._lock.acquire(timeout=DB_TIMEOUT_S):
@@ -402,7 +406,7 @@ class Database:
                 if time.monotonic() > deadline:
                     raise APIError("database_unavailable", reason="another process has it locked")
                 time.sleep(0.0003)
-            yield
+            yield max(1, int((deadline - time.monotonic()) * 1000))
         finally:
             fcntl.flock(self._folder, fcntl.LOCK_UN)
             self._lock.release()
