@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import ctypes
 import difflib
-import fcntl
 import hashlib
 import hmac
 import http.client
+import io
 import json
 import logging.handlers
+import math
 import os
 import re
 import resource
@@ -30,6 +31,7 @@ import secrets
 import select
 import signal
 import socket
+import sqlite3
 import ssl
 import string
 import struct
@@ -38,11 +40,13 @@ import threading
 import time
 import traceback
 import zlib
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote, urlsplit
@@ -63,7 +67,8 @@ from waitress.wasyncore import close_all, loop
 from werkzeug.exceptions import HTTPException
 
 JSONObject = dict[str, Any]
-Execute = Callable[..., list[Any]]  # (sql with :names, {name: value}) -> its rows, as tuples
+Row = Any  # a named tuple of a query's columns
+Execute = Callable[..., list[Row]]  # (sql with :names, {name: value}) -> its rows
 
 VERSION = "1.0.0"
 LEASE_S = 20  # a pending row whose gate has not renewed it for so long is taken for dead
@@ -124,7 +129,7 @@ class Settings:
     jwt_secret_key: str = setting("", "|.{32,}", "32 bytes or more: openssl rand -hex 32")
     jwt_expiration_hours: int = setting("24", range(1, 87601))
     default_token_limit: int = setting("1000000", COUNT)
-    max_token_limit: int = setting("1000000", COUNT)  # DEFAULT_TOKEN_LIMIT if not set
+    max_token_limit: int = setting("", COUNT)  # DEFAULT_TOKEN_LIMIT if not set
     quota_period: str = setting("never", "never|day|week|month", "never, day, week or month")
     public_url: str = setting("", f"({URL})?", "a URL like https://example.org/llm")
     registration: str = setting("", "(open|closed|invite)?", "open, closed or invite")
@@ -149,6 +154,8 @@ class Settings:
             rule = item.metadata["rule"]
             must_be = item.metadata["must_be"]
             value: Any = env.get(name, "").strip() or item.metadata["default"]
+            if name == "MAX_TOKEN_LIMIT" and not value:
+                value = str(values["default_token_limit"])
             if isinstance(rule, range):
                 value = int(value) if re.fullmatch("[0-9]{1,19}", value) else -1
                 right = value in rule
@@ -163,15 +170,12 @@ class Settings:
             if not right:
                 raise SettingsError(f"{name} must be {must_be}")
             values[item.name] = value
-        if not env.get("MAX_TOKEN_LIMIT", "").strip():
-            values["max_token_limit"] = values["default_token_limit"]
         derive(values)
         return cls(**values)
 
 
 def derive(values: JSONObject) -> None:
     """Puts in what follows from other settings; SettingsError where two do not fit."""
-    local = re.fullmatch(r"localhost|::1|127\..*", values["host"])
     if values["registration"] == "invite" and not values["registration_token"]:
         raise SettingsError("REGISTRATION_TOKEN must be set when REGISTRATION is invite")
     if values["default_token_limit"] > values["max_token_limit"]:
@@ -181,15 +185,16 @@ def derive(values: JSONObject) -> None:
         values["database_url"] = f"sqlite:///{Path(path).absolute()}"
     elif not values["jwt_secret_key"]:
         raise SettingsError("JWT_SECRET_KEY must be set beside PostgreSQL, alike for all gates")
-    hosts = list(values["allowed_hosts"])
+    local = re.fullmatch(r"localhost|::1|127\..*", values["host"])
+    values["registration"] = values["registration"] or ("open" if local else "closed")
+    hosts = values["allowed_hosts"]
     if local and not hosts:
-        hosts = ["localhost", "127.0.0.1", "[::1]", values["host"]]
-        hosts.append(urlsplit(values["public_url"]).netloc)
-    values["allowed_hosts"] = tuple(host_name(host) for host in hosts)
+        public_host = urlsplit(values["public_url"]).netloc
+        hosts = ("localhost", "127.0.0.1", "[::1]", values["host"], public_host)
+    values["allowed_hosts"] = tuple(map(host_name, hosts))
     values["vllm_endpoint"] = tuple(re.sub("(/v1)?/*$", "", url) for url in values["vllm_endpoint"])
     values["model_aliases"] = dict(re.split(r"\s*=\s*", pair) for pair in values["model_aliases"])
     values["public_url"] = values["public_url"].rstrip("/")
-    values["registration"] = values["registration"] or ("open" if local else "closed")
 
 
 def host_name(host: str) -> str:
@@ -308,6 +313,37 @@ def words_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(text or error).strip().partition(chr(10))[0][:300]}"
 
 
+def parsed(text: bytes | bytearray) -> Any:
+    """JSON's value; None for what is no JSON."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(text.decode())
+    return None
+
+
+def encoded(body: object) -> bytes:
+    """A value as JSON for vLLM; 400 for what JSON cannot say (1e999)."""
+    try:
+        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise APIError("invalid_json") from None
+
+
+def utf8(value: object) -> bytes:
+    """A string's bytes; none for what is no string, or no UTF-8 (a lone surrogate)."""
+    with suppress(UnicodeEncodeError):
+        return value.encode() if isinstance(value, str) else b""
+    return b""
+
+
+def whole_number(body: JSONObject, name: str, least: int, most: int | None = None) -> int | None:
+    """body[name] if it is a whole number in bounds, None if it is absent or null; else 400."""
+    value = body.get(name)
+    if value is not None and (type(value) is not int or value < least or value > (most or value)):
+        must_be = f"a whole number from {least}" + (f" to {most}" if most else " on")
+        raise APIError("invalid_value", name, must_be=must_be)
+    return value
+
+
 # ---- 3 Database -----------------------------------------------------------------------------------
 # schema.sql makes the tables. All else is SQL in short transactions on the driver's own cursor: it
 # costs a tenth of an ORM session's, and one way to the database is enough.
@@ -315,107 +351,112 @@ def words_of(error: BaseException) -> str:
 db = SQLAlchemy()
 
 
+@cache
+def row_type(columns: tuple[str, ...]) -> Any:
+    """The type of a query's rows: a named tuple."""
+    return namedtuple("Row", columns, rename=True)
+
+
 class Database:
     """The database: short write transactions, one at a time on SQLite, and reads beside them."""
 
     def __init__(self, engine: sa.Engine) -> None:
+        """Makes the tables that are missing; 503."""
         self._engine = engine
         self._sqlite = engine.dialect.name == "sqlite"
-        driver = cast(Any, engine.dialect).dbapi
-        no_connection = (sa.exc.OperationalError, sa.exc.TimeoutError)
-        self._unavailable = (driver.OperationalError, driver.InterfaceError, *no_connection)
-        self._lock = threading.Lock()  # protects SQLite's write lock, so that nobody polls for it
+        self._lock = threading.Lock()  # protects _writer
+        ddl = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+        first = f"PRAGMA journal_mode = WAL; BEGIN IMMEDIATE; {ddl}"
         if self._sqlite:
-            folder = Path(engine.url.database or "").parent
-            self._folder = os.open(folder, os.O_RDONLY)  # other processes lock it
             pragmas = "PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON"
             sa.event.listen(engine, "connect", lambda made, _: made.executescript(pragmas))
-
-    def create_tables(self) -> None:
-        """Runs schema.sql in one transaction, through the driver: its comments have ";". 503."""
-        ddl = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-        with self._connected() as (connection, _):
-            driver = connection.driver_connection
-            if self._sqlite:
-                driver.executescript(f"PRAGMA journal_mode = WAL; BEGIN IMMEDIATE; {ddl} COMMIT")
-            else:  # SQLite counts an INTEGER PRIMARY KEY by itself; two gates may start at once
-                counted = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
-                ddl = ddl.replace("INTEGER PRIMARY KEY NOT NULL", counted)
-                driver.execute("SELECT pg_advisory_xact_lock(7435623);" + ddl)
-                driver.commit()
+            with self._translated():  # SQLite's one connection that writes
+                self._writer: Any = engine.raw_connection()
+                self._writer.execute("PRAGMA busy_timeout = 0")
+        else:  # SQLite counts an INTEGER PRIMARY KEY by itself; two gates may start at once
+            counted = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
+            ddl = ddl.replace("INTEGER PRIMARY KEY NOT NULL", counted)
+            first = f"SELECT pg_advisory_xact_lock(7435623); {ddl}"
+        with self.begin(first):
+            pass
 
     @contextmanager
-    def begin(self) -> Iterator[Execute]:
+    def begin(self, first: str = "") -> Iterator[Execute]:
         """A write transaction's execute(sql, {name: value}); an exception undoes it all. 503."""
-        with self.exclusive() as left_ms, self._connected() as (connection, execute):
-            if self._sqlite:
-                execute(f"PRAGMA busy_timeout = {left_ms}")  # other programs may have it locked
-                execute("BEGIN IMMEDIATE")  # an upgrade of a reader would just fail
-            yield execute
+        with self._translated(), self._begun(first) as connection:
+            yield partial(self._execute, connection.cursor())
             connection.commit()
 
-    def write(self, sql: str, **values: object) -> list[Any]:
+    def write(self, sql: str, **values: object) -> list[Row]:
         """What one statement returns (RETURNING), in a transaction of its own. 503."""
         with self.begin() as execute:
             return execute(sql, values)
 
-    def query(self, sql: str, **values: object) -> list[Any]:
-        """The rows of one SELECT, as tuples; it waits for no writer. 503."""
-        with self._connected() as (_, execute):
-            return execute(sql, values)
+    def query(self, sql: str, **values: object) -> list[Row]:
+        """The rows of one SELECT; it waits for no writer. 503."""
+        with self._translated(), closing(self._engine.raw_connection()) as connection:
+            return self._execute(connection.cursor(), sql, values)
+
+    def _execute(self, cursor: Any, sql: str, values: Mapping[str, object] = {}) -> list[Row]:
+        """Runs one statement; its rows."""
+        if not self._sqlite:
+            sql = re.sub(r":(\w+)", r"%(\1)s", sql)
+        elif sql.endswith("FOR UPDATE"):  # it has one writer, so there are no rows to lock
+            return []
+        cursor.execute(sql, values)
+        if not cursor.description:
+            return []
+        columns = tuple([column[0] for column in cursor.description])
+        return list(map(row_type(columns)._make, cursor.fetchall()))
 
     @contextmanager
-    def _connected(self) -> Iterator[tuple[Any, Execute]]:
-        """A connection and its execute(). 503 for a database that is away, locked or full."""
+    def _begun(self, first: str) -> Iterator[Any]:
+        """A connection in a transaction whose `first` statements have run.
 
-        def execute(sql: str, values: Mapping[str, object] = {}) -> list[Any]:
-            if self._sqlite:  # it has one writer, so there are no rows to lock
-                sql = sql.replace(" FOR UPDATE", "")
-            else:
-                sql = re.sub(r":(\w+)", r"%(\1)s", sql)
-            cursor.execute(sql, values)
-            return cursor.fetchall() if cursor.description else []
-
-        try:
-            with closing(self._engine.raw_connection()) as connection:
-                cursor: Any = connection.cursor()
-                yield connection, execute
-        except self._unavailable as error:
-            if getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR":
-                raise  # our own SQL is wrong
-            raise APIError("database_unavailable", reason=words_of(error)) from None
-
-    @contextmanager
-    def exclusive(self) -> Iterator[int]:
-        """Keeps SQLite's other writers out, threads and processes; 503 after DB_TIMEOUT_S.
-
-        Gives the milliseconds of that time that are left.
+        On SQLite when no thread and no process has another, within DB_TIMEOUT_S. Its own way to wait
+        makes pauses of up to 100 ms: two processes would do no more than one.
         """
         if not self._sqlite:
-            yield 0
+            with closing(self._engine.raw_connection()) as connection:
+                if first:
+                    connection.cursor().execute(first)
+                yield connection
             return
         deadline = time.monotonic() + DB_TIMEOUT_S
         if not self._lock.acquire(timeout=DB_TIMEOUT_S):
             raise APIError("database_unavailable", reason="another thread writes for too long")
         try:
-            # By SQLite's own waiting, two processes would do 1.2 times the requests of one, not 1.5.
             while True:
-                with suppress(BlockingIOError):
-                    fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    self._writer.executescript(first or "BEGIN IMMEDIATE")
                     break
-                if time.monotonic() > deadline:
-                    raise APIError("database_unavailable", reason="another process has it locked")
+                except sqlite3.OperationalError as error:
+                    busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                    if not busy or time.monotonic() > deadline:
+                        raise
                 time.sleep(0.0003)
-            yield max(1, int((deadline - time.monotonic()) * 1000))
+            yield self._writer
         finally:
-            fcntl.flock(self._folder, fcntl.LOCK_UN)
+            self._writer.rollback()  # of nothing, after a commit
             self._lock.release()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """503 for a database that is away, locked or full."""
+        driver = cast(Any, self._engine.dialect).dbapi
+        away = (driver.OperationalError, driver.InterfaceError)
+        try:
+            yield
+        except (*away, sa.exc.OperationalError, sa.exc.TimeoutError) as error:
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR":
+                raise  # our own SQL is wrong
+            raise APIError("database_unavailable", reason=words_of(error)) from None
 
     def close(self) -> None:
         """Closes what is open; on SQLite the last one to close moves the log into the file."""
-        self._engine.dispose()
         if self._sqlite:
-            os.close(self._folder)
+            self._writer.close()
+        self._engine.dispose()
 
 
 def gate() -> Gate:
@@ -424,48 +465,28 @@ def gate() -> Gate:
 
 
 # ---- 4 Accounts and keys --------------------------------------------------------------------------
-# Passwords, JWTs, API keys, and who sent one: g.caller. Neither a key nor a JWT is stored: the one is
-# derived again when it is shown, the other is signed.
+# Passwords, JWTs, API keys, and who sent one: g.caller, a row of users. Neither a key nor a JWT is
+# stored: the one is derived again when it is shown, the other is signed.
 
 BASE62 = string.digits + string.ascii_letters
 USERNAME = re.compile(r"[A-Za-z0-9_.-]{3,64}")
 API_KEY = re.compile(r"sk-llmgate-([0-9A-Za-z]{43})([0-9A-Za-z]{6})")
 BCRYPT_ROUNDS = 10  # OWASP's least, about 60 ms
-# id, jwt_version, password_hash (of no password), disabled_at of a name that nobody has.
-NOBODY = (0, 0, "$2b$10$abcdefghijklmnopqrstuu4T826PRnz0Hu6YlprUuxkZxOOj5Fw5S", None)
+NO_PASSWORD = "$2b$10$abcdefghijklmnopqrstuu4T826PRnz0Hu6YlprUuxkZxOOj5Fw5S"  # nobody's hash
 HASHING_AT_ONCE = max(1, (os.cpu_count() or 2) - 1)  # leaves a core for the streams
 HASHING = threading.Semaphore(HASHING_AT_ONCE)
 HASHING_PLACES = threading.Semaphore(HASHING_AT_ONCE + 8)  # of those who hash or wait for it
 
-
-class Caller(NamedTuple):
-    """Who asks, as plain values that need no database. Counts are tokens."""
-
-    id: int
-    username: str
-    token_limit: int
-    tokens_used: int
-    tokens_reserved: int
-    jwt_version: int
-    created_at: int
-    disabled_at: int | None
-    api_key_id: int | None = None
-    key_used_at: int | None = None  # Unix seconds, to the minute
-
-
-USER = """u.id, u.username, u.token_limit, u.tokens_used, u.tokens_reserved, u.jwt_version,
- u.created_at, u.disabled_at"""
-CALLER_BY_JWT = f"SELECT {USER} FROM users u WHERE u.id = :user_id AND u.jwt_version = :version"
-CALLER_BY_KEY = f"""SELECT {USER}, k.id, k.last_used_at FROM api_keys k
+USER_BY_JWT = "SELECT * FROM users WHERE id = :user_id AND jwt_version = :version"
+USER_BY_KEY = """SELECT u.*, k.id AS api_key_id, k.last_used_at AS key_used_at FROM api_keys k
  JOIN users u ON u.id = k.user_id WHERE k.key_hash = :key_hash AND k.revoked_at IS NULL"""
-LIVE_KEYS = """SELECT id, name, created_at, last_used_at, nonce, key_hash FROM api_keys
- WHERE user_id = :user_id AND revoked_at IS NULL ORDER BY id"""
-INSERT_KEY = """INSERT INTO api_keys (user_id, name, nonce, key_hash, created_at)
- VALUES (:user_id, :name, :nonce, :key_hash, :now) RETURNING id"""
+USER_BY_NAME = "SELECT * FROM users WHERE lower(username) = :name"
+LOCK_USER = "SELECT id FROM users WHERE id = :user_id FOR UPDATE"
 INSERT_USER = """INSERT INTO users (username, password_hash, token_limit, created_at)
  VALUES (:username, :hash, :limit, :now) ON CONFLICT DO NOTHING RETURNING id"""
-USER_BY_NAME = """SELECT id, jwt_version, password_hash, disabled_at FROM users
- WHERE lower(username) = :name"""
+INSERT_KEY = """INSERT INTO api_keys (user_id, name, nonce, key_hash, created_at)
+ VALUES (:user_id, :name, :nonce, :key_hash, :now) RETURNING id"""
+LIVE_KEYS = "SELECT * FROM api_keys WHERE user_id = :user_id AND revoked_at IS NULL ORDER BY id"
 COUNT_TRY = """INSERT INTO login_attempts (name_hash, tries, held_until_ms)
  VALUES (:name_hash, 1, 0) ON CONFLICT (name_hash) DO UPDATE SET tries = login_attempts.tries + 1
  RETURNING tries, held_until_ms"""
@@ -511,9 +532,10 @@ class Keyring:
         made = {"nonce": nonce, "key_hash": sha256_of(api_key), "now": int(time.time())}
         return api_key, row | made
 
-    def stored_key(self, nonce: str, key_hash: str) -> str | None:
+    def stored_key(self, row: Row) -> str | None:
         """The API key of a row; None when it was made with another secret."""
-        return next((key for key in self._keys_of(nonce) if sha256_of(key) == key_hash), None)
+        keys = self._keys_of(row.nonce)
+        return next((key for key in keys if sha256_of(key) == row.key_hash), None)
 
     def jwt_answer(self, user_id: int, jwt_version: int) -> JSONObject:
         """RFC 6749's {"access_token", "token_type", "expires_in" (seconds)}."""
@@ -524,7 +546,7 @@ class Keyring:
         return {"access_token": token, "token_type": "bearer", "expires_in": life_s}
 
     def read_jwt(self, token: str) -> JSONObject:
-        """The parameters of CALLER_BY_JWT; 401 `token_expired` or `invalid_token`."""
+        """The parameters of USER_BY_JWT; 401 `token_expired` or `invalid_token`."""
         required: Any = {"require": ["sub", "ver", "iat", "exp"]}
         try:
             claims = jwt.decode(token, self._jwt_key, ["HS256"], required, leeway=JWT_LEEWAY_S)
@@ -547,13 +569,6 @@ def hashing() -> Iterator[None]:
         HASHING_PLACES.release()
 
 
-def utf8(value: object) -> bytes:
-    """A string's bytes; none for what is no string, or no UTF-8 (a lone surrogate)."""
-    with suppress(UnicodeEncodeError):
-        return value.encode() if isinstance(value, str) else b""
-    return b""
-
-
 def hash_password(password: object, param: str = "password") -> str:
     """bcrypt's hash; 400 unless the password has 8 characters to 72 bytes: bcrypt reads no more."""
     encoded = utf8(password)
@@ -563,8 +578,8 @@ def hash_password(password: object, param: str = "password") -> str:
         return bcrypt.hashpw(encoded, bcrypt.gensalt(BCRYPT_ROUNDS)).decode()
 
 
-def log_in(username: object, password: object) -> tuple[int, int, str]:
-    """id, jwt_version, password_hash; 401, 403, 429. An unknown name costs the same as a known."""
+def log_in(username: object, password: object) -> Row:
+    """The row of users; 401, 403, 429. An unknown name costs the same as a known one."""
     database = gate().database
     encoded = utf8(password)
     name = username.lower()[:65] if isinstance(username, str) else ""
@@ -573,23 +588,23 @@ def log_in(username: object, password: object) -> tuple[int, int, str]:
     with hashing():
         found = database.query(USER_BY_NAME, name=g.login_name)
         with database.begin() as execute:  # before it is known whether the password is right
-            ((tries, held_until_ms),) = execute(COUNT_TRY, values)
+            (attempt,) = execute(COUNT_TRY, values)
             now_ms = int(time.time() * 1000)
-            if held_until_ms > now_ms:
-                wait_s = (held_until_ms - now_ms) // 1000 + 1
+            if attempt.held_until_ms > now_ms:
+                wait_s = (attempt.held_until_ms - now_ms) // 1000 + 1
                 why = "Too many wrong passwords for this name"
                 raise APIError("rate_limit_exceeded", why=why, wait_s=wait_s)  # and not counted
             # Held back for 1 s after the fifth try, for 2 s after the sixth, ... for 15 minutes.
-            held_ms = min(1000 * 2 ** (tries - 5), 900_000) if tries >= 5 else 0
+            held_ms = min(1000 * 2 ** (attempt.tries - 5), 900_000) if attempt.tries >= 5 else 0
             execute(HOLD_NAME, values | {"held": now_ms + held_ms})
-        user_id, jwt_version, stored, disabled_at = found[0] if found else NOBODY
+        stored = found[0].password_hash if found else NO_PASSWORD
         right = bcrypt.checkpw(encoded[:72], stored.encode()) and len(encoded) <= 72
     if not found or not right:
         raise APIError("invalid_credentials")
     database.write(FORGET_LOGINS, **values)
-    if disabled_at is not None:
+    if found[0].disabled_at is not None:
         raise APIError("account_disabled")
-    return user_id, jwt_version, stored
+    return found[0]
 
 
 def register(username: object, password: object, token_limit: int) -> tuple[int, str]:
@@ -602,7 +617,7 @@ def register(username: object, password: object, token_limit: int) -> tuple[int,
         made = execute(INSERT_USER, row)
         if not made:
             raise APIError("username_taken", "username")
-        row["user_id"] = made[0][0]
+        row["user_id"] = made[0].id
         execute(INSERT_KEY, row)
     return row["user_id"], api_key
 
@@ -628,14 +643,14 @@ def require_caller() -> None:
         found = API_KEY.fullmatch(credential)
         if not found or found[2] not in checksums(found[1]):  # mistyped: costs no query
             raise APIError(code, reason="its form or its checksum is wrong")
-        rows = gate().database.query(CALLER_BY_KEY, key_hash=sha256_of(credential))
+        rows = gate().database.query(USER_BY_KEY, key_hash=sha256_of(credential))
     else:
         code = "invalid_token"
         values = gate().keyring.read_jwt(credential)
-        rows = gate().database.query(CALLER_BY_JWT, **values)
+        rows = gate().database.query(USER_BY_JWT, **values)
     if not rows:
         raise APIError(code, reason="nobody has it, or has it any more")
-    g.caller = Caller(*rows[0])
+    g.caller = rows[0]
     if g.caller.disabled_at is not None:
         raise APIError("account_disabled")
 
@@ -666,14 +681,103 @@ class Counts(NamedTuple):
         return Counts(prompt, most - prompt, min(self.cached_tokens, prompt), estimated=1)
 
 
-class Claim(NamedTuple):
-    """The worst case of one request, in tokens."""
+class Protocol(NamedTuple):
+    """How an endpoint's requests differ from those of the others."""
 
-    prompt: int  # an upper bound
-    estimate: int  # of the prompt: charged when no count ever comes
-    output: int  # what one choice may write: as asked for, or up to the model's context
-    choices: int  # n, times the prompts of a list
-    countable: bool  # vLLM can tell the prompt's tokens better
+    bounds: tuple[str, ...]  # fields that bound the output; the first is put in
+    prompt: str = ""  # the field of a prompt that is a text, token ids, or a list of these
+    counter: tuple[str, str] = ("/tokenize", "count")  # where vLLM counts a prompt, and its answer
+    counted: str = ""  # the fields that are sent there
+    in_context: bool = False  # clients ask for more than the context, and vLLM would refuse it
+    reports: bool = False  # usage while it runs, by stream_options
+
+
+RENDERED = """model messages tools chat_template chat_template_kwargs add_generation_prompt
+ continue_final_message add_special_tokens mm_processor_kwargs"""
+READ = "model messages system tools tool_choice thinking"
+COUNT_TOKENS = ("/v1/messages/count_tokens", "input_tokens")
+RENDER = ("/v1/responses/render", "token_ids")
+CHAT_BOUNDS = ("max_tokens", "max_completion_tokens")
+PROTOCOLS = {
+    "chat/completions": Protocol(CHAT_BOUNDS, counted=RENDERED, reports=True),
+    "completions": Protocol(("max_tokens",), "prompt", reports=True),
+    "embeddings": Protocol((), "input"),
+    "messages": Protocol(("max_tokens",), "", COUNT_TOKENS, READ, in_context=True),
+    "responses": Protocol(("max_output_tokens",), "", RENDER, in_context=True),
+}
+
+
+MEDIA_KEYS = {"image_url", "image_pil", "image_embeds", "audio_url", "input_audio", "video_url"}
+MEDIA_TYPES = MEDIA_KEYS | {"image", "input_image", "audio", "video"}
+MEDIA_TYPES |= {"file", "input_file", "document"}
+DATA_FIELDS = ("url", "data", "file_data", "image_url", "audio_url", "video_url")
+MEDIA_WORD = re.compile(rb'"(image|audio|video|input_|file|document)[a-z_]*"|\\u00[4-7]')
+
+
+def media_in(body: JSONObject) -> tuple[int, int, int]:
+    """Pictures, other media, and bytes of their data, in all shapes of OpenAI and Anthropic."""
+    pictures = 0
+    others = 0
+    data_bytes = 0
+    stack: list[Any] = [body]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list):
+            stack += value
+        elif isinstance(value, dict):
+            stack += value.values()
+            words = MEDIA_KEYS & value.keys()
+            if isinstance(value.get("type"), str):
+                words |= MEDIA_TYPES & {value["type"]}
+            is_picture = any("image" in word for word in words)
+            pictures += is_picture
+            others += bool(words) and not is_picture
+            data = [value[name] for name in DATA_FIELDS if isinstance(value.get(name), str)]
+            data_bytes += sum(map(len, data))
+    return pictures, others, data_bytes
+
+
+# Fields that no template renders; others that vLLM's count does not know count by their bytes.
+NEVER_RENDERED = {"stream_options", "metadata", "stop", "stop_sequences", "logit_bias", "include"}
+
+
+class Claim:
+    """The worst case of one request, in tokens: a token has a byte or more.
+
+    A picture counts as what models make of it, never as its base64; nothing is above the context.
+    """
+
+    def __init__(self, body: JSONObject, raw: bytes, endpoint: str, context: int | None) -> None:
+        """Of a body, and of its bytes as they came; 400."""
+        self.body = body
+        self.context = context
+        self.protocol = PROTOCOLS[endpoint]
+        prompt = body.get(self.protocol.prompt)
+        several = isinstance(prompt, list) and prompt and type(prompt[0]) is not int
+        self.prompts: list[Any] = cast("list[Any]", prompt) if several else [prompt]
+        n = whole_number(body, "n", 1, 16) or 1
+        self.choices = len(self.prompts) * (n if self.protocol.reports else 1)
+        asked = [whole_number(body, name, 0) for name in self.protocol.bounds]
+        unbounded = context or UNKNOWN_CONTEXT
+        most = unbounded if self.protocol.bounds else 0
+        # What one choice may write: as asked for, or up to the model's context.
+        self.output = max((number for number in asked if number is not None), default=most)
+        pictures, others, data_bytes = media_in(body) if MEDIA_WORD.search(raw) else (0, 0, 0)
+        text_bytes = len(raw) - data_bytes * bool(pictures or others)
+        self.prompt = text_bytes + TEMPLATE_TOKENS  # an upper bound
+        self.prompt += pictures * PICTURE_TOKENS + others * unbounded
+        estimate = text_bytes // 4 + (pictures + others) * PICTURE_ESTIMATE
+        # vLLM may read messages and prompt_embeds in completions and embeddings, too.
+        is_odd = self.protocol.prompt and ("messages" in body or "prompt_embeds" in body)
+        is_ids = all(isinstance(x, list) and set(map(type, x)) <= {int} for x in self.prompts)
+        if is_ids and not is_odd:
+            self.prompt = estimate = sum(map(len, self.prompts)) + len(self.prompts)
+        if context:
+            self.prompt = min(self.prompt, context * len(self.prompts))
+            self.output = min(self.output, context)
+        self.estimate = min(max(1, estimate), self.prompt)  # charged when no count ever comes
+        self._countable = not (is_ids or is_odd or pictures or others)
+        self._guess = len(raw) // 3 + 1  # of the prompt, where vLLM cannot count it
 
     def granted(self, room: int) -> int:
         """Output for each choice: at most a quarter of `room`, always up to 1,024; -1: no room."""
@@ -682,37 +786,281 @@ class Claim(NamedTuple):
             return -1
         return min(self.output, left, max(room // 4, 1024, self.choices) // self.choices)
 
+    def count_if_near(self, room: int, server: Upstream) -> None:
+        """Near the limit, of the quota or the context, lets vLLM count the prompt."""
+        granted = self.granted(room)
+        sends_bound = granted < self.output or self.protocol.in_context
+        context = self.context or 0
+        near = context and sends_bound and granted + self.prompt > context
+        if room <= 0 or not self._countable or not (near or self.prompt > room // 8):
+            return
+        counted = None
+        with suppress(APIError):  # the relay says it, if no other server is there
+            counted = self._counted(server)
+        if counted is None and not self.protocol.prompt:
+            counted = min(self.prompt, self._guess)
+        if counted is not None:
+            self.prompt = counted
+            self.estimate = max(1, counted)
+            if context:
+                self.output = min(self.output, max(context - counted, 1))
 
-LOCK_USER = """SELECT token_limit, tokens_used, tokens_reserved FROM users
- WHERE id = :user_id FOR UPDATE"""
-COUNT_RUNNING = """SELECT count(*) FROM usage WHERE user_id = :user_id AND status = 'pending'
- AND lease_until >= :now"""
+    def _counted(self, server: Upstream) -> int | None:
+        """The prompt's tokens, by vLLM; None where it cannot tell. 502, 504."""
+        path, answer = self.protocol.counter
+        names = self.protocol.counted.split()
+        if self.protocol.prompt:
+            questions = [{"model": self.body["model"], "prompt": prompt} for prompt in self.prompts]
+        elif names:
+            questions = [{name: self.body[name] for name in names if name in self.body}]
+        else:
+            questions = [self.body]
+        total = 0
+        for question in questions:
+            count = server.get_object(path, question, wait_s=30).get(answer)
+            count = len(count) if isinstance(count, list) else count
+            if type(count) is not int:
+                return None
+            total += count
+        for name in self.body.keys() - names - NEVER_RENDERED if names else ():
+            if isinstance(self.body[name], str | list | dict):
+                total += len(encoded(self.body[name]))
+        return total
+
+    def limit_output(self, granted: int) -> None:
+        """Lowers or puts in the body's bound where the quota, or the context, asks for it."""
+        body = self.body
+        context = self.context
+        given = [name for name in self.protocol.bounds if body.get(name) is not None]
+        limit = context if context and self.protocol.in_context else MAX_BIGINT
+        too_high = any(body[name] > limit for name in given)
+        if granted >= self.output and not too_high:
+            return
+        most = min(granted, max(context - self.estimate, 1)) if context else granted
+        for name in given or self.protocol.bounds[:1]:
+            body[name] = min(body.get(name) or most, most)
+        if type(body.get("min_tokens")) is int:
+            body["min_tokens"] = min(body["min_tokens"], most)
+        thinking = body.get("thinking")
+        if isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int:
+            budget = min(thinking["budget_tokens"], most - 1)
+            body["thinking"] = thinking | {"budget_tokens": budget}
+
+
+def read_usage(usage: object) -> Counts | None:
+    """A usage block of any protocol as counts; None when it is missing or cannot be right."""
+    if not isinstance(usage, dict):
+        return None
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+    written = usage.get("completion_tokens", usage.get("output_tokens", 0))
+    # Anthropic's cached tokens stand beside the others, OpenAI's are some of them.
+    read = usage.get("cache_read_input_tokens") or 0
+    made = usage.get("cache_creation_input_tokens") or 0
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    cached = details.get("cached_tokens") or 0 if isinstance(details, dict) else read
+    numbers: Any = (prompt, written, read, made, cached)
+    if not all(type(number) is int and number >= 0 for number in numbers) or not any(numbers):
+        return None
+    whole_prompt = numbers[0] + read + made
+    return Counts(whole_prompt, numbers[1], min(cached, whole_prompt))
+
+
+def cut_usage(event: bytes) -> tuple[bytes, Any]:
+    """An event without its usage, and the usage, if that is its last field, as vLLM's; else b""."""
+    head, _, tail = event.rpartition(b',"usage":')
+    with suppress(ValueError):
+        if tail.endswith(b"}\n\n"):
+            return head + b"}\n\n", json.loads(tail[:-3])
+    return b"", None
+
+
+class Meter:
+    """Counts one answer's tokens in passing, and hides usage that the caller did not ask for.
+
+    vLLM reports usage in each event of chat and completions (if asked to, each choice for itself),
+    the prompt at the beginning and the rest at the end of messages, all at the end of responses.
+    """
+
+    EVENT_END = re.compile(rb"\n\r?\n")
+    DELTA = re.compile(rb'"delta":|"choices":\[\{')
+    UNUSUAL = re.compile(rb'"finish_reason":\s*"|"error"')
+    INDEX = re.compile(rb'"index":(\d{1,6})')
+    TEXT = re.compile(
+        rb'"(?:content|reasoning|reasoning_content|arguments|text|thinking|partial_json|delta)"'
+        rb':\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
+    )
+    UNBEGUN = ("response.created", "response.in_progress")
+    LAST = ("message_stop", "response.completed", "response.incomplete", "response.failed")
+
+    def __init__(self, claim: Claim, reserved: int) -> None:
+        self._claim = claim
+        self._reserved = reserved
+        self._most = claim.choices * (claim.context or MAX_BIGINT)  # what can be true
+        options = claim.body.get("stream_options") or {}
+        self._show_last = options.get("include_usage") is True
+        self._show_all = self._show_last and options.get("continuous_usage_stats") is True
+        self.answered = False  # vLLM's answer has begun
+        self.working_since: float | None = None  # monotonic: an event has shown that it generates
+        self._finished: set[int] = set()  # choices that have said why they ended
+        self.ended = False  # the protocol's last event has come
+        self.failed = False  # vLLM has reported an error
+        self._deltas = 0
+        self._text_bytes = 0
+        self._usage: JSONObject = {}  # the block at the end, or what is known of it
+        self._choices: dict[int, JSONObject] = {}  # the last block of each, to be added up
+        self._rest = b""  # the event that is not complete
+
+    def feed(self, piece: bytes) -> bytes:
+        """The events that are complete now, as the caller shall see them; 502 if one is endless."""
+        shown = []
+        start = 0
+        searched = max(0, len(self._rest) - 3)
+        self._rest += piece
+        for end in self.EVENT_END.finditer(self._rest, searched):
+            if self.ended:  # nothing belongs behind the last event
+                break
+            shown.append(self._event(self._rest[start : end.end()]))
+            start = end.end()
+        self._rest = self._rest[start:]
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise APIError("upstream_error", why="it sent an event without an end")
+        return b"".join(shown)
+
+    def _event(self, event: bytes) -> bytes:
+        """Takes note of an event; what the caller shall see of it."""
+        if self.working_since and not self.UNUSUAL.search(event):  # the usual ones, at less cost
+            cut, usage = cut_usage(event)
+            if isinstance(usage, dict) and b'"choices":[{' in cut and b'"usage"' not in cut:
+                index = self.INDEX.search(cut)
+                self._choices[int(index[1]) if index else 0] = usage
+                return event if self._show_all else cut
+            if b'"usage"' not in event and self.DELTA.search(event):
+                self._count_text(event)
+                return event
+        data = event.partition(b"data:")[2]
+        value = parsed(data)
+        if isinstance(value, dict):
+            return self._object(event, value)
+        self.ended |= data.strip() == b"[DONE]"  # or it is a comment
+        return event
+
+    def _count_text(self, event: bytes) -> None:
+        """Adds a delta to what an estimate goes by."""
+        self._deltas += 1
+        found = self.TEXT.search(event)
+        self._text_bytes += len(found[1]) if found else 0
+
+    def _object(self, event: bytes, value: JSONObject) -> bytes:
+        """Takes note of an event's JSON; what the caller shall see of it."""
+        kind = value.get("type")  # events of messages and responses have one
+        self.ended |= kind in self.LAST
+        self.failed |= kind in ("error", "response.failed") or bool(value.get("error"))
+        if kind not in self.UNBEGUN:
+            self.working_since = self.working_since or time.monotonic()
+        inner = value.get("message") or value.get("response") or value
+        usage = inner.get("usage") if isinstance(inner, dict) else None
+        if not isinstance(usage, dict) and ("delta" in value or "choices" in value):
+            self._count_text(event)
+        if kind is None:
+            return self._chat_object(event, value)
+        if isinstance(usage, dict):  # the prompt as the last event tells it that tells it
+            self._usage = usage if "input_tokens" in usage else self._usage | usage
+        return event
+
+    def _chat_object(self, event: bytes, value: JSONObject) -> bytes:
+        """The same for chat and completions: without usage unless the caller asked for it."""
+        choices = value.get("choices")
+        usage = value.get("usage")
+        shows = self._show_last
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if isinstance(choice, dict):
+            index = choice["index"] if type(choice.get("index")) is int else 0
+            finish = isinstance(choice.get("finish_reason"), str)
+            if finish:
+                self._finished.add(index)
+            if isinstance(usage, dict):
+                only_here = finish and index not in self._choices  # of a server that sends it once
+                shows = self._show_all or (self._show_last and only_here)
+                self._choices[index] = usage
+        elif read_usage(usage):
+            self._usage = cast(JSONObject, usage)
+        if shows or "usage" not in value:
+            return event
+        if not choice:
+            return b""
+        del value["usage"]
+        return cut_usage(event)[0] or b"data: " + encoded(value) + b"\n\n"
+
+    def finished(self) -> bool:
+        """Whether the answer is complete, though the last event may be missing."""
+        return self.ended or self.failed or len(self._finished) >= self._claim.choices
+
+    def read_whole(self, answer: JSONObject, size: int) -> None:
+        """Takes note of a plain answer and its bytes."""
+        self._usage = answer.get("usage") or {}
+        self._text_bytes = size
+        self.ended = True
+
+    def counts(self, at_end: bool = False) -> Counts:
+        """The tokens so far: vLLM's count, or an estimate; none before the answer has begun.
+
+        A stream that shows no output yet may hide it: silence is not "no work".
+        """
+        if not self.answered or not (at_end or self.working_since):
+            return Counts()
+        prompts: dict[int, int] = {}
+        written = 0
+        n = self._claim.choices // len(self._claim.prompts)
+        for index, usage in list(self._choices.items()):
+            seen = read_usage(usage) or Counts()
+            prompts[index // n] = seen.prompt_tokens  # once for each prompt of a list
+            written += seen.completion_tokens
+        known = read_usage(self._usage) or Counts(sum(prompts.values()), written)
+        if known.completion_tokens or (known.total and self.ended):
+            return known.at_most(self._most)
+        output = max(self._deltas, self._text_bytes // 4)
+        if at_end and self.working_since and not self._text_bytes:
+            silent_s = time.monotonic() - self.working_since
+            output = max(output, 1, int(silent_s * SILENT_TOKENS_PER_S))
+        output = min(output, self._claim.output * self._claim.choices)
+        prompt = known.prompt_tokens or self._claim.estimate
+        return Counts(prompt, output, estimated=1).at_most(self._reserved)
+
+
+READ_QUOTA = """SELECT token_limit, tokens_used, tokens_reserved, (SELECT count(*) FROM usage
+ WHERE user_id = u.id AND status = 'pending' AND lease_until >= :now) AS running
+ FROM users u WHERE id = :user_id"""
 RESERVE = """UPDATE users SET tokens_reserved = tokens_reserved + :reserved WHERE id = :user_id
  AND tokens_used + tokens_reserved + :reserved <= token_limit RETURNING id"""
 INSERT_ROW = """INSERT INTO usage (request_id, user_id, api_key_id, model, endpoint, stream,
  reserved, prompt_estimate, created_at, lease_until) VALUES (:request_id, :user_id, :api_key_id,
  :model, :endpoint, :stream, :reserved, :prompt_estimate, :now, :lease_until)"""
 TOUCH_KEY = "UPDATE api_keys SET last_used_at = :now WHERE id = :api_key_id"
-READ_ROW = """SELECT u.id, u.tokens_used, u.token_limit - u.tokens_used - u.tokens_reserved,
- r.status, r.reserved, r.prompt_tokens + r.completion_tokens, r.lease_until
- FROM usage r JOIN users u ON u.id = r.user_id WHERE r.request_id = :request_id FOR UPDATE"""
-MOVE_TOKENS = """UPDATE users SET tokens_used = tokens_used + :booked,
+LOCK_ROW = """SELECT 1 FROM usage r JOIN users u ON u.id = r.user_id
+ WHERE r.request_id = :request_id FOR UPDATE"""
+READ_ROW = """SELECT user_id, tokens_used, token_limit - tokens_used - tokens_reserved AS free,
+ status, reserved, prompt_tokens + completion_tokens AS booked, lease_until
+ FROM usage r JOIN users u ON u.id = r.user_id WHERE r.request_id = :request_id"""
+UPDATE_ROW = """UPDATE usage SET status = :status, reserved = :reserved, lease_until = :lease_until,
+ prompt_tokens = :prompt_tokens, completion_tokens = :completion_tokens, estimated = :estimated,
+ cached_tokens = :cached_tokens, first_byte_ms = :first_byte_ms, duration_ms = :duration_ms
+ WHERE request_id = :request_id"""
+MOVE_TOKENS = """UPDATE users SET tokens_used = tokens_used + :more,
  tokens_reserved = tokens_reserved - :released WHERE id = :user_id"""
 
 
 def reserve(
-    execute: Execute, caller: Caller, claim: Claim, row: JSONObject, most: int, renews: str
+    execute: Execute, user: Row, claim: Claim, row: JSONObject, most: int, renews: str
 ) -> tuple[int, int]:
     """Writes the row; (the output granted to each choice, requests of the user that run). 429.
 
     `row` has request_id, model, endpoint, stream, and gets the rest. `renews` ends the quota's 429.
     """
     now = int(time.time())
-    row |= {"user_id": caller.id, "api_key_id": caller.api_key_id, "now": now}
+    row |= {"user_id": user.id, "api_key_id": user.api_key_id, "now": now}
     row |= {"prompt_estimate": claim.estimate, "lease_until": now + LEASE_S}
-    # The lock comes first: what the statements behind it see on PostgreSQL is as of now.
-    ((limit, used, reserved),) = execute(LOCK_USER, row)
-    ((running,),) = execute(COUNT_RUNNING, row)
+    execute(LOCK_USER, row)  # what PostgreSQL reads behind it is as of now
+    ((limit, used, reserved, running),) = execute(READ_QUOTA, row)
     if running >= most:
         raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
     granted = claim.granted(limit - used - reserved)
@@ -727,7 +1075,7 @@ def reserve(
         why = f"Not enough quota: {why}" if left else f"Quota used up: {used} of {limit} tokens"
         raise APIError("insufficient_quota", why=why + renews)
     execute(INSERT_ROW, row)
-    if now - (caller.key_used_at or 0) >= 60:
+    if now - (user.key_used_at or 0) >= 60:
         execute(TOUCH_KEY, row)
     return granted, running
 
@@ -739,48 +1087,49 @@ def book(execute: Execute, request_id: str, status: str, counts: Counts, times: 
     the late return of a gate whose row was closed as lost: what counts is the difference.
     """
     now = int(time.time())
-    (found,) = execute(READ_ROW, {"request_id": request_id})
-    user_id, used, free, old_status, reserved, before, lease_until = found
-    alive = old_status == "pending" and lease_until >= now
-    if old_status not in ("pending", "lost") or (status == "lost" and alive):
-        return cast(int, used)
+    new: JSONObject = {"request_id": request_id, "status": status, "lease_until": now + LEASE_S}
+    execute(LOCK_ROW, new)
+    (old,) = execute(READ_ROW, new)
+    alive = old.status == "pending" and old.lease_until >= now
+    if old.status not in ("pending", "lost") or (status == "lost" and alive):
+        return cast(int, old.tokens_used)
     # What was held may be used up; more only if nobody else holds it. (A lost row's
     # reservation may have gone to others by the time its gate comes back.)
-    counts = counts.at_most(before + max(reserved, reserved + free))
-    if counts.total < before - used:  # a reset came between an estimate and the count
-        counts = Counts(before - used, estimated=1)
-    booked = counts.total - before
-    kept = max(0, reserved - max(0, booked)) if status == "pending" else 0
-    row = {"status": status, "reserved": kept, "lease_until": now + LEASE_S}
-    row |= counts._asdict() | times
-    columns = ", ".join(f"{column} = :{column}" for column in row)
-    execute(f"UPDATE usage SET {columns} WHERE request_id = :id", row | {"id": request_id})
-    moved = {"user_id": user_id, "booked": booked, "released": reserved - kept}
-    execute(MOVE_TOKENS, moved)
-    return cast(int, used + booked)
+    counts = counts.at_most(old.booked + max(old.reserved, old.reserved + old.free))
+    if counts.total < old.booked - old.tokens_used:  # a reset came between estimate and count
+        counts = Counts(old.booked - old.tokens_used, estimated=1)
+    more = counts.total - old.booked
+    new["reserved"] = max(0, old.reserved - max(0, more)) if status == "pending" else 0
+    execute(UPDATE_ROW, new | counts._asdict() | times)
+    released = old.reserved - new["reserved"]
+    execute(MOVE_TOKENS, {"user_id": old.user_id, "more": more, "released": released})
+    return cast(int, old.tokens_used + more)
 
 
-def reset_usage(execute: Execute, user_id: int) -> None:
-    """Sets tokens_used to 0 by a balancing row: it stays the sum of the rows, and they stay."""
-    row = {"request_id": secrets.token_hex(16), "user_id": user_id, "now": int(time.time())}
-    ((_, used, _),) = execute(LOCK_USER, row)
-    row |= {"booked": -used, "released": 0}
-    balance = """INSERT INTO usage (request_id, user_id, model, endpoint, status,
- prompt_tokens, created_at, lease_until)
- VALUES (:request_id, :user_id, '', 'reset-usage', 'ok', :booked, :now, :now)"""
-    execute(balance, row)
-    execute(MOVE_TOKENS, row)
+RESET = (  # a balancing row: tokens_used stays the sum of the rows, and they stay
+    "SELECT id FROM users WHERE :user_id IN (0, id) ORDER BY id FOR UPDATE",
+    """INSERT INTO usage (request_id, user_id, model, endpoint, status, prompt_tokens, created_at,
+ lease_until) SELECT :name || id, id, '', 'reset-usage', 'ok', -tokens_used, :now, :now FROM users
+ WHERE :user_id IN (0, id) AND tokens_used > 0""",
+    "UPDATE users SET tokens_used = 0 WHERE :user_id IN (0, id)",
+)
+
+
+def reset_usage(execute: Execute, user_id: int = 0) -> None:
+    """Sets tokens_used of a user, or of all, to 0."""
+    values = {"user_id": user_id, "name": f"{secrets.token_hex(12)}-", "now": int(time.time())}
+    for sql in RESET:
+        execute(sql, values)
 
 
 def renew_quotas(execute: Execute, begins_at: int) -> bool:
     """Lets every quota begin again, unless some gate did it for this period or a later one."""
     begin = """INSERT INTO quota_periods (begins_at) SELECT :begins_at WHERE NOT EXISTS
  (SELECT 1 FROM quota_periods WHERE begins_at >= :begins_at) ON CONFLICT DO NOTHING RETURNING 1"""
-    if not execute(begin, {"begins_at": begins_at}):
-        return False
-    for (user_id,) in execute("SELECT id FROM users WHERE tokens_used > 0 ORDER BY id"):
-        reset_usage(execute, user_id)
-    return True
+    begun = bool(execute(begin, {"begins_at": begins_at}))
+    if begun:
+        reset_usage(execute)
+    return begun
 
 
 def period_of(period: str, now: float) -> tuple[int, int | None]:
@@ -790,10 +1139,12 @@ def period_of(period: str, now: float) -> tuple[int, int | None]:
     today = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     monday = today - timedelta(days=today.weekday())
     first = today.replace(day=1)
-    begins = {"day": today, "week": monday, "month": first}[period]
-    ends = begins + timedelta(days={"day": 1, "week": 7, "month": 31}[period])
-    if period == "month":
-        ends = ends.replace(day=1)
+    next_month = (first + timedelta(days=31)).replace(day=1)
+    begins, ends = {
+        "day": (today, today + timedelta(days=1)),
+        "week": (monday, monday + timedelta(days=7)),
+        "month": (first, next_month),
+    }[period]
     return int(begins.timestamp()), int(ends.timestamp())
 
 
@@ -809,9 +1160,15 @@ def when(moment: int) -> str:
     return f"{datetime.fromtimestamp(moment, UTC):%A %-d %B}, in {wait}"
 
 
+def date_of(seconds: int | None) -> str:
+    """A day like 2026-12-01 (UTC); "" for never."""
+    return "" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
+
+
 SUMS = ("requests", "prompt_tokens", "completion_tokens")
-USAGE_BY_DAY = """SELECT created_at / 86400, model, api_key_id, count(*),
- CAST(sum(prompt_tokens) AS BIGINT), CAST(sum(completion_tokens) AS BIGINT) FROM usage
+USAGE_BY_DAY = """SELECT created_at / 86400 AS day, model, api_key_id, count(*) AS requests,
+ CAST(sum(prompt_tokens) AS BIGINT) AS prompt_tokens,
+ CAST(sum(completion_tokens) AS BIGINT) AS completion_tokens FROM usage
  WHERE user_id = :id AND model <> '' AND created_at / 86400 >= :since
  GROUP BY created_at / 86400, model, api_key_id ORDER BY 1, 2, 3"""
 USAGE_BY_USER = """SELECT u.username, count(r.request_id),
@@ -819,48 +1176,38 @@ USAGE_BY_USER = """SELECT u.username, count(r.request_id),
  CAST(coalesce(sum(r.completion_tokens), 0) AS BIGINT) FROM users u
  LEFT JOIN usage r ON r.user_id = u.id AND r.model <> '' AND r.created_at / 86400 >= :since
  GROUP BY u.id ORDER BY sum(r.prompt_tokens + r.completion_tokens) DESC NULLS LAST, u.username"""
-RECENT = """request_id, created_at, model, api_key_id, endpoint, stream, status, estimated, \
-prompt_tokens, completion_tokens, cached_tokens, first_byte_ms, duration_ms"""
-# The index alone tells since when; or all rows of a day would be read, to sort them.
-RECENT_ROWS = f"""WITH bound AS (SELECT min(created_at) AS since FROM (
- SELECT created_at FROM usage WHERE user_id = :id AND model <> ''
- ORDER BY created_at / 86400 DESC, created_at DESC LIMIT 20) AS newest)
-SELECT {RECENT} FROM bound, usage WHERE user_id = :id AND model <> '' AND created_at >= since
- AND created_at / 86400 >= since / 86400 ORDER BY created_at DESC LIMIT 20"""
+RECENT_ROWS = """SELECT request_id, created_at, model, api_key_id, endpoint, stream, status,
+ estimated, prompt_tokens, completion_tokens, cached_tokens, first_byte_ms, duration_ms
+ FROM usage WHERE user_id = :id AND model <> ''
+ ORDER BY created_at / 86400 DESC, created_at DESC LIMIT 20"""  # the day: as in the index
 
 
-def usage_report(
-    database: Database, caller: Caller, days: int, resets_at: int | None
-) -> JSONObject:
+def usage_report(database: Database, user: Row, days: int, resets_at: int | None) -> JSONObject:
     """The last `days` days (UTC) by day, model and key, and the newest rows; counts are tokens."""
-    rows = database.query(USAGE_BY_DAY, id=caller.id, since=int(time.time()) // 86400 - days + 1)
-    names = dict(database.query("SELECT id, name FROM api_keys WHERE user_id = :id", id=caller.id))
-    recent = database.query(RECENT_ROWS, id=caller.id)
+    rows = database.query(USAGE_BY_DAY, id=user.id, since=int(time.time()) // 86400 - days + 1)
+    names = dict(database.query("SELECT id, name FROM api_keys WHERE user_id = :id", id=user.id))
 
-    def by(column: int, name: str, label: Callable[[Any], object]) -> list[JSONObject]:
-        sums: dict[Any, list[int]] = {}
+    def by(column: str, name: str, label: Callable[[Any], object]) -> list[JSONObject]:
+        found: dict[Any, JSONObject] = {}
         for row in rows:
-            so_far = sums.get(row[column], [0, 0, 0])
-            sums[row[column]] = [a + b for a, b in zip(so_far, row[3:], strict=True)]
-        return [{name: label(of)} | dict(zip(SUMS, sums[of], strict=True)) for of in sums]
+            of = getattr(row, column)
+            entry = found.setdefault(of, {name: label(of)} | dict.fromkeys(SUMS, 0))
+            for total in SUMS:
+                entry[total] += getattr(row, total)
+        return list(found.values())
 
     return {
-        "tokens_used": caller.tokens_used,
-        "token_limit": caller.token_limit,
-        "remaining": max(0, caller.token_limit - caller.tokens_used),
-        "reserved": caller.tokens_reserved,
+        "tokens_used": user.tokens_used,
+        "token_limit": user.token_limit,
+        "remaining": max(0, user.token_limit - user.tokens_used),
+        "reserved": user.tokens_reserved,
         "resets_at": resets_at,
-        "requests": sum(row[3] for row in rows),
-        "by_model": by(1, "model", str),
-        "by_key": by(2, "key", names.get),
-        "by_day": by(0, "date", lambda day: date_of(day * 86400)),
-        "recent": [dict(zip(RECENT.split(", "), row, strict=True)) for row in recent],
+        "requests": sum(row.requests for row in rows),
+        "by_model": by("model", "model", str),
+        "by_key": by("api_key_id", "key", names.get),
+        "by_day": by("day", "date", lambda day: date_of(day * 86400)),
+        "recent": [row._asdict() for row in database.query(RECENT_ROWS, id=user.id)],
     }
-
-
-def date_of(seconds: int | None) -> str:
-    """A day like 2026-12-01 (UTC); "" for never."""
-    return "" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
 
 
 # ---- 6 Upstreams ----------------------------------------------------------------------------------
@@ -868,23 +1215,11 @@ def date_of(seconds: int | None) -> str:
 # the gate's own calls. Nothing here knows of users or tokens.
 
 
-def parsed(text: bytes | bytearray) -> Any:
-    """JSON's value; None for what is no JSON."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(text.decode())
-    return None
+class Exchange(io.RawIOBase):
+    """A connection to a server, and a request's exchange on it by http.client, whose socket it is.
 
-
-def encoded(body: object) -> bytes:
-    """JSON for vLLM, with each field once; 400 for what JSON cannot say (1e999)."""
-    try:
-        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-    except (ValueError, RecursionError):
-        raise APIError("invalid_json") from None
-
-
-class Exchange:
-    """One connection to a server, and a request's exchange on it, by http.client. 502, 504."""
+    What breaks off or makes no sense is a 502, what is silent for too long a 504.
+    """
 
     response: http.client.HTTPResponse
 
@@ -897,45 +1232,60 @@ class Exchange:
             made = http.client.HTTPSConnection(*place, timeout=CONNECT_TIMEOUT_S, context=tls)
             self._connection = made
         self._connection.connect()
-        self._sock: socket.socket = self._connection.sock  # which a last answer makes it forget
-        self._sock.settimeout(None)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # the kernel's: no poll() each time
-            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", timeout_s, 0))
-        self._timeout_s = timeout_s
-        self._heard_at = time.monotonic()
-        self._poll = select.poll()
-        self._poll.register(self._sock, select.POLLIN)
+        self._sock: socket.socket = self._connection.sock
+        self._connection.sock = cast(Any, self)
+        self._outgoing = b""
+        self.on_silence: Callable[[], object] = bool  # called after each PING_S of it
+        self._waits = -int(-timeout_s // PING_S)
+        wait_s = timeout_s / self._waits
+        # The kernel's limits save a poll() before each event, a tenth of its CPU; OpenSSL has none.
+        self._sock.settimeout(wait_s if tls else None)
+        for option, limit_s in ((socket.SO_RCVTIMEO, wait_s), (socket.SO_SNDTIMEO, timeout_s)):
+            limit = struct.pack("ll", int(limit_s), int(limit_s % 1 * 1_000_000))
+            self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """What http.client reads from."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes that have come; TimeoutError."""
+        waits = 0
+        while True:
+            try:
+                return self._sock.recv_into(buffer)
+            except (BlockingIOError, TimeoutError):
+                waits += 1
+                if waits == self._waits:
+                    raise TimeoutError("nothing came") from None
+                self.on_silence()
+
+    def sendall(self, data: bytes) -> None:
+        """Keeps http.client's head and body, for one packet."""
+        self._outgoing += data
+
+    def close(self) -> None:
+        """Nothing: http.client calls it for an answer that is the last one, before it is read."""
 
     def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """Sends the request and waits for the answer's status and headers."""
-        self._heard_at = time.monotonic()
+        """Sends a request and waits for the answer's status and headers."""
         with self._translated():
             self._connection.request("POST", path, body, headers)
-            if not self.arrives(self._timeout_s):
-                raise TimeoutError("no answer came")
+            self._sock.sendall(self._outgoing)
+            self._outgoing = b""
             self.response = self._connection.getresponse()
             if self.response.length is None and "content-length" in self.response.headers:
                 raise ValueError("a Content-Length that is no number")
 
     def pieces(self) -> Iterator[bytes]:
-        """The body as it arrives; b"" after each PING_S of silence."""
+        """The body as it arrives."""
         response = self.response
-        self._heard_at = time.monotonic()
         with self._translated():
-            # The body's first bytes may be in the reader already, where poll() cannot see them.
-            self._sock.setblocking(False)
-            ready = False
-            with suppress(ssl.SSLWantReadError):
-                ready = not response.isclosed() and bool(response.fp.peek(1))
-            self._sock.setblocking(True)
             while not response.isclosed() and response.length != 0:
-                left_s = self._heard_at + self._timeout_s - time.monotonic()
-                wait_s = min(PING_S, max(0.0, left_s))
-                if not ready and not self.arrives(wait_s):
-                    if left_s <= PING_S:
-                        raise TimeoutError("its answer stopped")
-                    yield b""
-                    continue
                 # Up to 100 chunks that came together at a time: 3.5 times the events in a burst.
                 # Behind a chunk's data the reader holds the end of its line, and what came after.
                 pieces = [response.read1(65536)]
@@ -943,39 +1293,44 @@ class Exchange:
                     if not response.fp.peek(1).lstrip():
                         break
                     pieces.append(response.read1(65536))
-                ready = len(pieces) == 100
-                self._heard_at = time.monotonic()
                 if pieces[0]:
                     yield b"".join(pieces)
             if response.length:
                 raise ValueError("the body is shorter than its Content-Length")
-
-    def arrives(self, seconds: float) -> bool:
-        """Whether bytes, or the end, are there within so many seconds."""
-        in_tls = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending()
-        return bool(in_tls or self._poll.poll(seconds * 1000))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
         """502 when the connection breaks off or makes no sense, 504 when time is over."""
         try:
             yield
+        except (TimeoutError, BlockingIOError) as error:
+            raise APIError("upstream_timeout", reason=words_of(error)) from None
         except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
-            silent_s = time.monotonic() - self._heard_at
-            if isinstance(error, TimeoutError) or silent_s > self._timeout_s - 0.1:
-                raise APIError("upstream_timeout", reason=words_of(error)) from None
             why = "it broke the connection off"
             raise APIError("upstream_error", why=why, reason=words_of(error)) from None
+
+    def is_idle(self) -> bool:
+        """Whether nothing has come, not even the connection's end."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return not poll.poll(0)
 
     def shutdown(self, how: int) -> None:
         """Ends the connection, or our half of it, from another thread."""
         with suppress(OSError):
             socket.socket.shutdown(self._sock, how)  # not as TLS: another thread reads
 
-    def close(self) -> None:
-        """Ends the connection."""
+    def hang_up(self) -> None:
+        """Closes the connection."""
         self._sock.close()
         self._connection.close()
+
+
+def context_of(entry: JSONObject) -> JSONObject:
+    """{"max_model_len": tokens of the context}: vLLM's own, or llama.cpp's n_ctx; {}: not told."""
+    meta = entry.get("meta")
+    known = entry.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else 0)
+    return {"max_model_len": known} if type(known) is int and known > 0 else {}
 
 
 class Upstream:
@@ -1004,9 +1359,9 @@ class Upstream:
         with suppress(IndexError):  # none is there, or another thread was quicker
             while True:
                 kept = self._idle.pop()
-                if not kept.arrives(0):  # nothing to read, so not even its end
+                if kept.is_idle():
                     return kept
-                kept.close()
+                kept.hang_up()
         try:
             return Exchange(self.url, self._tls, self._timeout_s)
         except OSError as error:
@@ -1016,7 +1371,7 @@ class Upstream:
     def keep(self, exchange: Exchange) -> None:
         """Keeps the connection of a whole answer: 0.4 ms less for the next request."""
         if exchange.response.status != 200 or exchange.response.will_close:
-            exchange.close()
+            exchange.hang_up()
         else:
             exchange.response.close()
             self._idle.append(exchange)
@@ -1025,7 +1380,7 @@ class Upstream:
         """Closes the connections that are kept; vLLM would do so after 5.0 s."""
         with suppress(IndexError):
             while True:
-                self._idle.pop().close()
+                self._idle.pop().hang_up()
 
     def mark_down(self, why: str) -> None:
         """The server is not there: who comes back may be another one."""
@@ -1048,7 +1403,7 @@ class Upstream:
         except requests.RequestException as error:
             raise APIError("upstream_unavailable", reason=words_of(error)) from None
 
-    def ask(self, path: str, body: JSONObject | None = None, wait_s: float = 30) -> JSONObject:
+    def get_object(self, path: str, body: JSONObject | None = None, wait_s: int = 2) -> JSONObject:
         """The JSON object that a call brings; {} for anything else. 502, 504."""
         answer = self.call(path, encoded(body) if body else None, wait_s)
         value = parsed(answer.content)
@@ -1057,15 +1412,15 @@ class Upstream:
     def refresh(self) -> None:
         """Fetches the list of models; a slow answer leaves the list as it was."""
         try:
-            entries = self.ask("/v1/models", wait_s=2).get("data")
+            entries = self.get_object("/v1/models").get("data")
         except APIError as error:
             if not self.up or error.code != "upstream_timeout":
                 self.mark_down(error.for_log)
             return
         if not isinstance(entries, list):
             return self.mark_down("it answers /v1/models without a list of models")
-        models = [entry for entry in entries if isinstance(entry, dict)]
-        self.models = {str(entry.get("id")): entry for entry in models if utf8(entry.get("id"))}
+        models = [entry for entry in entries if isinstance(entry, dict) and utf8(entry.get("id"))]
+        self.models = {entry["id"]: entry | context_of(entry) for entry in models}
         if not self.up:
             log.info("%s is up: %s", self.url, ", ".join(self.models))
         self.up = True
@@ -1077,13 +1432,6 @@ class Upstream:
             answer = self.call("/inference/v1/abort_requests", asked)
             if answer.status_code in (200, 403, 404, 405):
                 self.can_abort = answer.status_code == 200
-
-    def context(self, model: str) -> int | None:
-        """Tokens of a model's context: vLLM's max_model_len, llama.cpp's n_ctx; None: not told."""
-        entry = self.models.get(model, {})
-        meta = entry.get("meta")
-        known = entry.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else 0)
-        return known if type(known) is int and known > 0 else None
 
 
 class Upstreams(list[Upstream]):
@@ -1124,11 +1472,6 @@ class Upstreams(list[Upstream]):
         """The served model that a name or an alias stands for."""
         return self.aliases.get(model, model) or next(iter(self.models()), model)
 
-    def unavailable(self) -> APIError:
-        """502 with the reason why no server is up."""
-        reasons = [f"{server.url}: {server.why_down}" for server in self if not server.up]
-        return APIError("upstream_unavailable", reason="; ".join(reasons))
-
     def public_models(self) -> dict[str, JSONObject]:
         """{id or alias: entry} as callers may see it; 502 while no server is up."""
         models = self.models()
@@ -1152,216 +1495,20 @@ class Upstreams(list[Upstream]):
             raise self.unavailable()
         return sorted(servers, key=lambda server: (not server.up, busy.count(server)))
 
-    def context(self, model: str) -> int | None:
-        """Tokens of a model's context, by the first server that has it; None: not told."""
-        model = self.resolve(model)
-        return next((server.context(model) for server in self if model in server.models), None)
+    def unavailable(self) -> APIError:
+        """502 with the reason why no server is up."""
+        reasons = [f"{server.url}: {server.why_down}" for server in self if not server.up]
+        return APIError("upstream_unavailable", reason="; ".join(reasons))
 
 
 # ---- 7 Relay --------------------------------------------------------------------------------------
-# What one request may cost (claim), what it does cost (meter), the relay itself, and the watcher.
-# Bytes pass unchanged, but for the model's name, the bound of the output and hidden usage.
+# One request on its way to vLLM and its answer on the way back, and the watcher of all of them. Bytes
+# pass unchanged, but for the model's name, the bound of the output and hidden usage.
 
 LEFT = "the caller left"
 DRAINING = "the gate is stopping"
 COMMENT = b": keep-alive\n\n"  # of SSE; clients and proxies take it for a sign of life
 
-
-def whole_number(body: JSONObject, name: str, least: int, most: int | None = None) -> int | None:
-    """body[name] if it is a whole number in bounds, None if it is absent or null; else 400."""
-    value = body.get(name)
-    if value is not None and (type(value) is not int or value < least or value > (most or value)):
-        must_be = f"a whole number from {least}" + (f" to {most}" if most else " on")
-        raise APIError("invalid_value", name, must_be=must_be)
-    return value
-
-
-def read_usage(usage: object) -> Counts | None:
-    """A usage block of any protocol as counts; None when it is missing or cannot be right."""
-    if not isinstance(usage, dict):
-        return None
-    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
-    written = usage.get("completion_tokens", usage.get("output_tokens", 0))
-    # Anthropic's cached tokens stand beside the others, OpenAI's are some of them.
-    read = usage.get("cache_read_input_tokens") or 0
-    made = usage.get("cache_creation_input_tokens") or 0
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-    cached = details.get("cached_tokens") or 0 if isinstance(details, dict) else read
-    numbers: Any = (prompt, written, read, made, cached)
-    if not all(type(number) is int and number >= 0 for number in numbers) or not any(numbers):
-        return None
-    whole_prompt = numbers[0] + read + made
-    return Counts(whole_prompt, numbers[1], min(cached, whole_prompt))
-
-
-class Meter:
-    """Counts one answer's tokens in passing, and hides usage that the caller did not ask for.
-
-    vLLM reports usage in each event of chat and completions (if asked to, each choice for itself),
-    the prompt at the beginning and the rest at the end of messages, all at the end of responses.
-    """
-
-    EVENT_END = re.compile(rb"\n\r?\n")
-    # vLLM's usual event of chat and completions has its counts last: read in a quarter of the time.
-    COUNTS_LAST = re.compile(rb',"usage":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})\}\n\n\Z')
-    INDEX = re.compile(rb'"index":(\d{1,6})')
-    USAGE = re.compile(rb',\s*"usage":\s*(?:null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
-    TEXT = re.compile(
-        rb'"(?:content|reasoning|reasoning_content|arguments|text|thinking|partial_json|delta)"'
-        rb':\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
-    )
-    UNBEGUN = ("response.created", "response.in_progress")
-    LAST = ("message_stop", "response.completed", "response.incomplete", "response.failed")
-
-    def __init__(self, claim: Claim, reserved: int, body: JSONObject, context: int | None) -> None:
-        self._claim = claim
-        self._reserved = reserved
-        self._most = claim.choices * context if context else MAX_BIGINT  # what can be true
-        self._n = body.get("n") or 1
-        options = body.get("stream_options") or {}
-        self._show_last = options.get("include_usage") is True
-        self._show_all = self._show_last and options.get("continuous_usage_stats") is True
-        self.begun = False  # vLLM's answer has begun
-        self._ended: set[int] = set()  # choices that have said why they ended
-        self.finished = False  # all of them have
-        self.done = False  # the protocol's last event has come
-        self.failed = False  # vLLM has reported an error
-        self.worked_since: float | None = None  # monotonic: an event has shown that it generates
-        self._deltas = 0
-        self._text_bytes = 0
-        self._usage: JSONObject = {}  # the block at the end, or what is known of it
-        self._choices: dict[int, bytes] = {}  # the last block of each, to be added up
-        self._rest = b""
-
-    def feed(self, piece: bytes) -> bytes:
-        """The events that are complete now, as the caller shall see them; 502 if one is endless."""
-        shown = []
-        start = 0
-        searched = max(0, len(self._rest) - 3)
-        self._rest += piece
-        for end in self.EVENT_END.finditer(self._rest, searched):
-            if self.done:  # nothing belongs behind the last event
-                break
-            shown.append(self._event(self._rest[start : end.end()]))
-            start = end.end()
-        self._rest = self._rest[start:]
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise APIError("upstream_error", why="it sent an event without an end")
-        return b"".join(shown)
-
-    def _event(self, event: bytes) -> bytes:
-        """Takes note of an event; what the caller shall see of it."""
-        counts = self.COUNTS_LAST.search(event) if self.worked_since else None
-        index = self.INDEX.search(event)
-        if counts and index and b'"finish_reason":null' in event:
-            self._choices[int(index[1])] = counts[1]
-            return event if self._show_all else event[: counts.start()] + event[counts.end(1) :]
-        data = event.partition(b"data:")[2]
-        value = parsed(data)
-        if not isinstance(value, dict):  # a comment, or the end
-            self.done |= data.strip() == b"[DONE]"
-            return event
-        kind = value.get("type")  # events of messages and responses have one
-        self.done |= kind in self.LAST
-        self.failed |= kind in ("error", "response.failed") or bool(value.get("error"))
-        if kind not in self.UNBEGUN:
-            self.worked_since = self.worked_since or time.monotonic()
-        inner = value.get("message") or value.get("response") or value
-        usage = inner.get("usage") if isinstance(inner, dict) else None
-        if not isinstance(usage, dict) and ("delta" in value or "choices" in value):
-            self._deltas += 1
-            found = self.TEXT.search(event)
-            self._text_bytes += len(found[1]) if found else 0
-        if kind is None:
-            return self._chat_event(event, value)
-        if isinstance(usage, dict):  # the prompt as the last event tells it that tells it
-            self._usage = usage if "input_tokens" in usage else self._usage | usage
-        return event
-
-    def _chat_event(self, event: bytes, value: JSONObject) -> bytes:
-        """An event of chat or completions, without usage unless the caller asked for it."""
-        choices = value.get("choices")
-        usage = value.get("usage")
-        shows = self._show_last
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        if isinstance(choice, dict):
-            index = choice["index"] if type(choice.get("index")) is int else 0
-            finish = isinstance(choice.get("finish_reason"), str)
-            if finish:
-                self._ended.add(index)
-            self.finished = len(self._ended) >= self._claim.choices
-            if isinstance(usage, dict):
-                only_here = finish and index not in self._choices  # of a server that sends it once
-                shows = self._show_all or (self._show_last and only_here)
-                self._choices[index] = encoded(usage)
-        elif read_usage(usage):
-            self._usage = cast(JSONObject, usage)
-        if shows or "usage" not in value:
-            return event
-        if not choice:
-            return b""
-        cut, cuts = self.USAGE.subn(b"", event)
-        if cuts == event.count(b'"usage"') == 1:
-            return cut
-        del value["usage"]  # it stands where vLLM does not put it
-        return b"data: " + encoded(value) + b"\n\n"
-
-    def read_whole(self, answer: JSONObject, size: int) -> None:
-        """Takes note of a plain answer and its bytes."""
-        self._usage = answer.get("usage") or {}
-        self._text_bytes = size
-        self.done = True
-
-    def counts(self, at_end: bool = False) -> Counts:
-        """The tokens so far: vLLM's count, or an estimate; none before the answer has begun.
-
-        A stream that shows no output yet may hide it: silence is not "no work".
-        """
-        if not self.begun or not (at_end or self.worked_since):
-            return Counts()
-        prompts: dict[int, int] = {}
-        written = 0
-        for index, usage in list(self._choices.items()):
-            seen = read_usage(parsed(usage)) or Counts()
-            prompts[index // self._n] = seen.prompt_tokens  # once for each prompt of a list
-            written += seen.completion_tokens
-        known = read_usage(self._usage) or Counts(sum(prompts.values()), written)
-        if known.completion_tokens or (known.total and self.done):
-            return known.at_most(self._most)
-        output = max(self._deltas, self._text_bytes // 4)
-        if at_end and self.worked_since and not self._text_bytes:
-            silent_s = time.monotonic() - self.worked_since
-            output = max(output, 1, int(silent_s * SILENT_TOKENS_PER_S))
-        output = min(output, self._claim.output * self._claim.choices)
-        prompt = known.prompt_tokens or self._claim.estimate
-        return Counts(prompt, output, estimated=1).at_most(self._reserved)
-
-
-class Protocol(NamedTuple):
-    """How an endpoint's requests differ from those of the others."""
-
-    bounds: tuple[str, ...]  # fields that bound the output; the first is put in
-    prompt: str = ""  # the field of a prompt that is a text, token ids, or a list of these
-    counter: tuple[str, str] = ("/tokenize", "count")  # where vLLM counts a prompt, and its answer
-    counted: str = ""  # the fields that are sent there
-    in_context: bool = False  # clients ask for more than the context, and vLLM would refuse it
-    reports: bool = False  # usage while it runs, by stream_options
-
-
-RENDERED = """model messages tools chat_template chat_template_kwargs add_generation_prompt
- continue_final_message add_special_tokens mm_processor_kwargs"""
-READ = "model messages system tools tool_choice thinking"
-COUNT_TOKENS = ("/v1/messages/count_tokens", "input_tokens")
-RENDER = ("/v1/responses/render", "token_ids")
-PROTOCOLS = {
-    "chat/completions": Protocol(
-        ("max_tokens", "max_completion_tokens"), counted=RENDERED, reports=True
-    ),
-    "completions": Protocol(("max_tokens",), "prompt", reports=True),
-    "embeddings": Protocol((), "input"),
-    "messages": Protocol(("max_tokens",), "", COUNT_TOKENS, READ, in_context=True),
-    "responses": Protocol(("max_output_tokens",), "", RENDER, in_context=True),
-}
 
 # They touch other users, or hide tokens from the meter.
 REFUSED = """priority request_id kv_transfer_params ec_transfer_params vllm_xargs stream_interval
@@ -1391,126 +1538,6 @@ def require_relayable(body: JSONObject, endpoint: str) -> None:
             raise APIError("invalid_value", "stream_options", must_be=f"{name}: true or false")
 
 
-MEDIA_KEYS = {"image_url", "image_pil", "image_embeds", "audio_url", "input_audio", "video_url"}
-MEDIA_TYPES = MEDIA_KEYS | {"image", "input_image", "audio", "video"}
-MEDIA_TYPES |= {"file", "input_file", "document"}
-DATA_FIELDS = ("url", "data", "file_data", "image_url", "audio_url", "video_url")
-MEDIA_WORD = re.compile(rb'"(image|audio|video|input_|file|document)[a-z_]*"|\\u00[4-7]')
-
-
-def media_in(body: JSONObject) -> tuple[int, int, int]:
-    """Pictures, other media, and bytes of their data, in all shapes of OpenAI and Anthropic."""
-    pictures = 0
-    others = 0
-    data_bytes = 0
-    stack: list[Any] = [body]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, list):
-            stack += value
-        elif isinstance(value, dict):
-            stack += value.values()
-            words = MEDIA_KEYS & value.keys()
-            if isinstance(value.get("type"), str):
-                words |= MEDIA_TYPES & {value["type"]}
-            is_picture = any("image" in word for word in words)
-            pictures += is_picture
-            others += bool(words) and not is_picture
-            data = [value[name] for name in DATA_FIELDS if isinstance(value.get(name), str)]
-            data_bytes += sum(map(len, data))
-    return pictures, others, data_bytes
-
-
-def prompts_of(body: JSONObject, endpoint: str) -> list[Any]:
-    """The prompts of a completion or an embedding, texts or token ids; [None] for all else."""
-    prompt = body.get(PROTOCOLS[endpoint].prompt)
-    several = isinstance(prompt, list) and prompt and type(prompt[0]) is not int
-    return cast("list[Any]", prompt) if several else [prompt]
-
-
-def claim_of(body: JSONObject, raw: bytes, endpoint: str, context: int | None) -> Claim:
-    """The worst case of a request whose JSON is `raw`: a token has a byte or more; 400.
-
-    A picture counts as what models make of it, never as its base64; nothing is above the context.
-    """
-    protocol = PROTOCOLS[endpoint]
-    prompts = prompts_of(body, endpoint)
-    n = whole_number(body, "n", 1, 16) or 1
-    least = 0 if endpoint == "completions" else 1
-    asked = [whole_number(body, name, least) for name in protocol.bounds]
-    unbounded = context or UNKNOWN_CONTEXT
-    most = unbounded if protocol.bounds else 0
-    output = max((number for number in asked if number is not None), default=most)
-    pictures, others, data_bytes = media_in(body) if MEDIA_WORD.search(raw) else (0, 0, 0)
-    text_bytes = len(raw) - data_bytes * bool(pictures or others)
-    prompt = text_bytes + TEMPLATE_TOKENS + pictures * PICTURE_TOKENS + others * unbounded
-    estimate = text_bytes // 4 + (pictures + others) * PICTURE_ESTIMATE
-    # vLLM may read messages and prompt_embeds in completions and embeddings, too.
-    is_odd = bool(protocol.prompt) and ("messages" in body or "prompt_embeds" in body)
-    is_ids = all(isinstance(ids, list) and set(map(type, ids)) <= {int} for ids in prompts)
-    if is_ids and not is_odd:
-        prompt = estimate = sum(map(len, prompts)) + len(prompts)
-    if context:
-        prompt = min(prompt, context * len(prompts))
-        output = min(output, context)
-    choices = len(prompts) * (n if protocol.reports else 1)
-    countable = not (is_ids or is_odd or pictures or others)
-    return Claim(prompt, min(max(1, estimate), prompt), output, choices, countable)
-
-
-# Fields that no template renders; others that vLLM's count does not know count by their bytes.
-NEVER_RENDERED = {"stream_options", "metadata", "stop", "stop_sequences", "logit_bias", "include"}
-
-
-def count_prompt(server: Upstream, endpoint: str, body: JSONObject) -> int | None:
-    """A prompt's tokens, by vLLM; None where it cannot tell. 502, 504."""
-    protocol = PROTOCOLS[endpoint]
-    path, answer = protocol.counter
-    counted = protocol.counted.split()
-    questions = [{name: body[name] for name in counted if name in body}] if counted else [body]
-    if protocol.prompt:
-        prompts = prompts_of(body, endpoint)
-        questions = [{"model": body["model"], "prompt": prompt} for prompt in prompts]
-    total = 0
-    for question in questions:
-        count = server.ask(path, question).get(answer)
-        count = len(count) if isinstance(count, list) else count
-        if type(count) is not int:
-            return None
-        total += count
-    for name in body.keys() - counted - NEVER_RENDERED if counted else ():
-        if isinstance(body[name], str | list | dict):
-            total += len(encoded(body[name]))
-    return total
-
-
-def limit_output(
-    body: JSONObject, endpoint: str, claim: Claim, granted: int, context: int | None
-) -> None:
-    """Lowers or puts in the bound of the output where the quota, or the context, asks for it."""
-    protocol = PROTOCOLS[endpoint]
-    given = [name for name in protocol.bounds if body.get(name) is not None]
-    too_high = protocol.in_context and context and any(body[name] > context for name in given)
-    if granted >= claim.output and not too_high:
-        return
-    most = min(granted, max(context - claim.estimate, 1)) if context else granted
-    for name in given or protocol.bounds[:1]:
-        body[name] = min(body.get(name) or most, most)
-    if type(body.get("min_tokens")) is int:
-        body["min_tokens"] = min(body["min_tokens"], most)
-    thinking = body.get("thinking")
-    if isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int:
-        body["thinking"] = thinking | {"budget_tokens": min(thinking["budget_tokens"], most - 1)}
-
-
-def upstream_ids(endpoint: str, request_id: str, body: JSONObject) -> list[str]:
-    """The ids by which vLLM's abort_requests knows this request."""
-    if endpoint == "completions":
-        numbers = range(len(prompts_of(body, endpoint)))
-        return [f"cmpl-{request_id}-{number}" for number in numbers]
-    return [f"resp_{request_id}_0" if endpoint == "responses" else f"chatcmpl-{request_id}"]
-
-
 def error_event(endpoint: str, error: APIError, request_id: str) -> bytes:
     """The end of a broken stream, in the endpoint's own shape."""
     if endpoint == "messages":
@@ -1528,61 +1555,67 @@ class Relay:
     """One running request: open, then a plain answer or a stream, then ended by end(), once.
 
     Its own thread writes the fields. Who wants it to stop (the watcher for a caller who left,
-    drain()) sets `reason` by stop(); the watcher ends vLLM's work, the thread sees it and ends.
+    drain()) calls stop(): that ends vLLM's work, so its own thread sees an end, and calls end().
     """
 
-    def __init__(self, watcher: Watcher, caller: Caller, endpoint: str, body: JSONObject) -> None:
+    def __init__(self, watcher: Watcher, user: Row, endpoint: str, body: JSONObject) -> None:
         self.watcher = watcher
-        self.caller = caller
+        self.user = user
         self.endpoint = endpoint
         self.request_id: str = g.request_id
         self.started_at: float = g.started_at
         self.is_gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", bool)
         self.model: str = body["model"]
         self.stream = body.get("stream") is True
+        self.ids_at_vllm: list[str] = []  # by which its abort_requests knows this request
         self.meter: Meter | None = None  # None: the row is not written yet
         self.upstream: Upstream | None = None
         self.exchange: Exchange | None = None
-        self.upstream_ids: list[str] = []  # once the request is sent
+        self.sent = False  # vLLM has the request
         self.reason = ""  # LEFT or DRAINING; the first one counts
-        self.stopped_at = 0.0  # monotonic
-        self.aborting: Future[None] | None = None  # the watcher's
         self.status, self.why = "pending", ""  # written by end()
+        self.ended = threading.Event()  # status is final
         self.times: JSONObject = {"first_byte_ms": None, "duration_ms": None}
-        self.tokens_used = caller.tokens_used  # of the user, after book()
+        self.tokens_used: int = user.tokens_used  # of the user, after save()
         self._lock = threading.Lock()  # protects status, and the order of bookings
 
-    def reserve(self, app: Gate, server: Upstream, body: JSONObject, raw: bytes) -> None:
-        """Writes the row, and the bound of the output into the body; 400, 429, 502, 504."""
-        caller = self.caller
-        endpoint = self.endpoint
-        protocol = PROTOCOLS[self.endpoint]
-        context = server.context(self.model)
-        claim = claim_of(body, raw, endpoint, context)
-        room = caller.token_limit - caller.tokens_used - caller.tokens_reserved
-        granted = claim.granted(room)
-        sends_bound = granted < claim.output or protocol.in_context
-        passes_context = context and sends_bound and granted + claim.prompt > context
-        if room > 0 and claim.countable and (claim.prompt > room // 8 or passes_context):
-            counted = None
-            with suppress(APIError):  # ask() says it, if no other server is there
-                counted = count_prompt(server, endpoint, body)
-            if counted is None and not protocol.prompt:
-                counted = min(claim.prompt, len(raw) // 3 + 1)  # a token is guessed to be 3 bytes
-            if counted is not None:
-                output = min(claim.output, max(context - counted, 1)) if context else claim.output
-                claim = claim._replace(prompt=counted, estimate=max(1, counted), output=output)
-        row: JSONObject = {"request_id": self.request_id, "model": self.model, "endpoint": endpoint}
-        row["stream"] = int(self.stream)
+    def answer(self, app: Gate, body: JSONObject, raw: bytes) -> Response:
+        """vLLM's answer; 400, 404, 429, 502, 503, 504. `raw` is the body as it came."""
+        try:
+            busy = [other.upstream for other in list(self.watcher.running)]
+            servers = app.upstreams.route(self.model, busy)
+            self._open(app, servers[0], body, raw)
+            return self._ask(servers, body)
+        except Exception as error:
+            self.end("error", error.for_log if isinstance(error, APIError) else words_of(error))
+            if self.exchange:
+                self.exchange.hang_up()
+            if self.reason == DRAINING:
+                raise APIError("draining") from None
+            raise
+
+    def _open(self, app: Gate, server: Upstream, body: JSONObject, raw: bytes) -> None:
+        """Writes the row, and the bound of the output into the body; 400, 429."""
+        user = self.user
+        context = server.models.get(self.model, {}).get("max_model_len")
+        claim = Claim(body, raw, self.endpoint, context)
+        room = user.token_limit - user.tokens_used - user.tokens_reserved
+        claim.count_if_near(room, server)
+        name = self.request_id
+        ids = {"completions": [f"cmpl-{name}-{number}" for number in range(len(claim.prompts))]}
+        ids["responses"] = [f"resp_{name}_0"]
+        self.ids_at_vllm = ids.get(self.endpoint, [f"chatcmpl-{name}"])
+        row: JSONObject = {"request_id": self.request_id, "model": self.model}
+        row |= {"endpoint": self.endpoint, "stream": int(self.stream)}
         most = app.settings.max_requests_per_user
         with app.database.begin() as execute:
             if self.reason:  # drain() waits no longer
                 raise APIError("draining", reason=self.reason)
-            granted, self.running = reserve(execute, caller, claim, row, most, app.renews())
-        self.meter = Meter(claim, row["reserved"], body, context)
-        limit_output(body, endpoint, claim, granted, context)
+            granted, self.running = reserve(execute, user, claim, row, most, app.renews())
+        self.meter = Meter(claim, row["reserved"])
+        claim.limit_output(granted)
 
-    def ask(self, servers: list[Upstream], body: JSONObject) -> Response:
+    def _ask(self, servers: list[Upstream], body: JSONObject) -> Response:
         """The answer of the first server that is there; 502, 503, 504."""
         for server in servers:
             exchange = server.connect()
@@ -1597,22 +1630,23 @@ class Relay:
         if self.endpoint == "responses":
             body |= {"store": False, "request_id": f"resp_{self.request_id}"}
         running_counts = False
+        sent = body
         if self.stream and PROTOCOLS[self.endpoint].reports:
             running_counts = server.no_running_counts_until.get(self.model, 0) < time.monotonic()
-            options = {"include_usage": True, "continuous_usage_stats": True}
-            options = (body.get("stream_options") or {}) | options
-            if not running_counts:
-                del options["continuous_usage_stats"]
-            body = body | {"stream_options": options}
-        self.upstream_ids = upstream_ids(self.endpoint, self.request_id, body)
+            options = (body.get("stream_options") or {}) | {"include_usage": True}
+            options.pop("continuous_usage_stats", None)
+            if running_counts:
+                options["continuous_usage_stats"] = True
+            sent = body | {"stream_options": options}
         headers = {"X-Request-Id": self.request_id, "X-Vllm-Priority": str(self.running)}
         path = f"{urlsplit(server.url).path}/v1/{self.endpoint}"
-        exchange.send(path, encoded(body), server.headers | headers)
+        self.sent = True
+        exchange.send(path, encoded(sent), server.headers | headers)
         refusal = b"".join(exchange.pieces()) if exchange.response.status == 400 else b""
         if running_counts and b"continuous_usage_stats" in refusal:
             server.no_running_counts_until[self.model] = time.monotonic() + RETRY_OPTION_S
-            exchange.close()
-            return self.ask([server], body)
+            exchange.hang_up()
+            return self._ask([server], body)
         return self._answer(exchange, refusal)
 
     def _answer(self, exchange: Exchange, refusal: bytes) -> Response:
@@ -1620,33 +1654,32 @@ class Relay:
         meter = cast(Meter, self.meter)
         status = exchange.response.status
         headers = cast(Any, exchange.response.headers)
-        meter.begun = status == 200
+        meter.answered = status == 200
         require_good_answer(status, headers)
         content_type = headers.get("content-type", "")
         if status == 200 and "text/event-stream" in content_type:
             self.stream = True
             self._pieces = exchange.pieces()
-            response = StreamResponse(self._events(), content_type=content_type)
+            response = StreamResponse(self, content_type=content_type, direct_passthrough=True)
             response.headers["Cache-Control"] = "no-cache"
             response.headers["X-Accel-Buffering"] = "no"  # nginx passes each event on at once
-            response.call_on_close(self.close)  # a generator not begun would not run its finally
             return response
         self._note_time("first_byte_ms")
         body = refusal or b"".join(exchange.pieces())
         if status == 200:
             value = parsed(body)
             if not isinstance(value, dict):
-                meter.begun = bool(body)
+                meter.answered = bool(body)
                 raise APIError("upstream_error", why="its answer is not a JSON object")
             meter.read_whole(value, len(body))
         elif GENERATED_ANYWAY.search(body):
-            meter.begun = True
-            meter.worked_since = self.started_at
+            meter.answered = True
+            meter.working_since = self.started_at
         if self.reason == DRAINING:
             raise APIError("draining")
         self.end("ok" if status == 200 else "error", f"vLLM answers {status}")  # before it is seen
-        if self.reason:  # end_upstream() may have ended half of it
-            exchange.close()
+        if self.reason:  # stop() may have ended half of it
+            exchange.hang_up()
         else:
             cast(Upstream, self.upstream).keep(exchange)
         return plain_answer(body, status, headers)
@@ -1656,23 +1689,22 @@ class Relay:
         if self.times[name] is None:
             self.times[name] = round((time.monotonic() - self.started_at) * 1000)
 
-    def _events(self) -> Iterator[bytes]:
-        """vLLM's events, and a comment in long silence; an error event when they break off."""
+    def __iter__(self) -> Iterator[bytes]:
+        """The events of a stream; an error event when they break off."""
         meter = cast(Meter, self.meter)
         try:
             for piece in self._pieces:
-                if piece:
-                    self._note_time("first_byte_ms")
-                shown = meter.feed(piece) if piece else COMMENT
-                if meter.done:
+                self._note_time("first_byte_ms")
+                shown = meter.feed(piece)
+                if meter.ended:
                     break
                 if shown and self.reason != DRAINING:
                     yield shown
-            if self.reason == DRAINING or not (meter.done or meter.failed or meter.finished):
+            if self.reason == DRAINING or not meter.finished():
                 raise APIError("upstream_error", why="its answer ended too early")
             # Booked before the caller can see the end.
             self.end("error" if meter.failed else "ok", "vLLM reported an error")
-            if not meter.done:  # some servers leave it out
+            if not meter.ended:  # some servers leave it out
                 shown = b"" if meter.failed else b"data: [DONE]\n\n"
             yield shown
         except APIError as error:
@@ -1689,57 +1721,57 @@ class Relay:
                 for piece in self._pieces:
                     cast(Meter, self.meter).feed(piece)
             self.end("aborted", LEFT)
-        cast(Exchange, self.exchange).close()
+        cast(Exchange, self.exchange).hang_up()
 
     def stop(self, reason: str) -> None:
         """Wants the request to end, from any thread: LEFT or DRAINING."""
-        if not self.reason:
-            self.stopped_at = time.monotonic()
+        if not self.reason and not self.ended.is_set():
             self.reason = reason
+            threading.Thread(target=self._end_upstream, name="stop", daemon=True).start()
 
-    def end_upstream(self) -> None:
-        """Ends vLLM's work, one step at each call: by abort_requests, else by hanging up.
+    def _end_upstream(self) -> None:
+        """Ends vLLM's work: by abort_requests, else by hanging up, first by half.
 
-        The watcher calls it each 0.1 s once there is a reason. Where vLLM has no abort_requests, a
+        What vLLM has written by then still comes, with its counts. Where it has no abort_requests, a
         plain request whose caller left runs to its end.
         """
-        server = self.upstream
-        exchange = self.exchange
-        if server is None or exchange is None or not self.upstream_ids:
-            return
-        waited_s = time.monotonic() - self.stopped_at
-        can_abort = server.can_abort is not False
-        if can_abort and waited_s < ABORT_GRACE_S:  # again, too: the request may not be there yet
-            if self.aborting is None or self.aborting.done():
-                self.aborting = self.watcher.pool.submit(server.abort, self.upstream_ids)
-        elif self.stream or self.reason == DRAINING:
-            # Half of it first: what vLLM has written by then still comes, with its counts.
-            late = can_abort or waited_s > HANGUP_GRACE_S
-            if self._lock.acquire(blocking=False):  # not when it ends: another may use it then
-                if self.status == "pending":
-                    exchange.shutdown(socket.SHUT_RDWR if late else socket.SHUT_WR)
-                self._lock.release()
+        while not self.sent:
+            if self.ended.wait(0.02):
+                return
+        server = cast(Upstream, self.upstream)
+        give_up_at = time.monotonic() + ABORT_GRACE_S
+        while server.can_abort is not False and time.monotonic() < give_up_at:
+            server.abort(self.ids_at_vllm)
+            if self.ended.wait(0.1):  # else again: the request may not have been there yet
+                return
+        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+            with self._lock:  # when it has ended, another may use the connection
+                if self.status == "pending" and (self.stream or self.reason == DRAINING):
+                    cast(Exchange, self.exchange).shutdown(how)
+            if self.ended.wait(HANGUP_GRACE_S):
+                return
 
     def end(self, status: str, why: str) -> None:
         """Ends the request with this status and books it, if it has not ended yet."""
         with self._lock:
-            if self.status != "pending":
+            if self.ended.is_set():
                 return
             self.why = f" ({why})" if status != "ok" else ""
             self._note_time("duration_ms")
-            if self.meter and self.upstream_ids and DRAINING in (self.reason, why):
-                self.meter.begun = True  # vLLM was at work, though nothing of it was seen
+            if self.meter and self.sent and DRAINING in (self.reason, why):
+                self.meter.answered = True  # vLLM was at work, though nothing of it was seen
             self.counts = self.meter.counts(at_end=True) if self.meter else Counts()
             self.status = "aborted" if self.reason == LEFT else status
+            self.ended.set()
         try:
-            self.book()
+            self.save()
         except APIError as error:  # the watcher tries again
             log.error("%s not booked yet: %s", self.request_id, error.for_log)
 
-    def book(self) -> None:
+    def save(self) -> None:
         """Books what is known now, until the end is booked; then writes the log's line. 503."""
         with self._lock:
-            ended = self.status != "pending"
+            ended = self.ended.is_set()
             meter = self.meter
             if self not in self.watcher.running:
                 return
@@ -1751,7 +1783,7 @@ class Relay:
             if ended:
                 self.watcher.running.discard(self)
         if ended and meter:
-            who = f"{self.request_id} {self.caller.username} key {self.caller.api_key_id}"
+            who = f"{self.request_id} {self.user.username} key {self.user.api_key_id}"
             what = f"{self.endpoint} {self.model}{' stream' * self.stream} {self.status}{self.why}"
             cost = f"{counts.prompt_tokens}+{counts.completion_tokens} tokens"
             cost += " (estimated)" * counts.estimated
@@ -1760,17 +1792,27 @@ class Relay:
 
 
 class StreamResponse(Response):
-    """A stream whose headers leave at once, not with its first bytes."""
+    """A relay's stream: its headers leave at once, not with its first bytes; silence has comments.
+
+    The server iterates over the relay itself, and closes it (PEP 3333).
+    """
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
-        """WSGI's write() sends them (PEP 3333)."""
-        app_iter, status, headers = self.get_wsgi_response(environ)
+        """WSGI's write() sends the headers."""
+        relay, status, headers = cast(Any, self.get_wsgi_response(environ))
+
+        def comment() -> None:
+            with suppress(Exception):  # the caller has gone, as the watcher will see
+                write(COMMENT)
+
+        relay.exchange.on_silence = comment
         try:
-            start_response(status, headers)(b"")
-        except Exception:  # the caller has gone, and nobody else would close the stream
-            self.close()
+            write = start_response(status, headers)
+            write(b"")
+        except Exception:  # nobody else would close the stream
+            relay.close()
             raise
-        return app_iter
+        return relay
 
 
 # What OpenCode takes for a full context window, see part 2.
@@ -1780,7 +1822,7 @@ GENERATED_ANYWAY = re.compile(rb"validation errors? for AnthropicContentBlock")
 
 
 def require_good_answer(status: int, headers: Mapping[str, str]) -> None:
-    """502 or 503 for an answer of vLLM that is not for the caller."""
+    """502 or 503 for an answer of vLLM that is not for the caller: all but 200 and most 4xx."""
     if status in (401, 403):
         raise APIError("upstream_error", why="it refuses the gate's own key, see VLLM_API_KEY")
     if headers.get("content-encoding", "identity") != "identity":
@@ -1796,9 +1838,9 @@ def plain_answer(body: bytes, status: int, headers: Mapping[str, str]) -> Respon
     """vLLM's 200 or 4xx, its body unchanged; 429 in our words where OpenCode would misread it."""
     response = Response(body, status, content_type=headers.get("content-type"))
     if status == 429:
-        response.headers["Retry-After"] = headers.get("retry-after", "1")
+        wait_s = headers.get("retry-after", "1")
+        response.headers["Retry-After"] = wait_s
         if MISREAD.search(body):
-            wait_s = response.headers["Retry-After"]
             why = "vLLM takes no more requests now"
             raise APIError("rate_limit_exceeded", why=why, wait_s=wait_s)
     return response
@@ -1808,22 +1850,34 @@ LOST_ROWS = """SELECT request_id, prompt_estimate, prompt_tokens, completion_tok
  estimated FROM usage WHERE status = 'pending' AND lease_until < :now"""
 
 
-class Watcher(threading.Thread):
+class Watcher:
     """Looks after running relays: callers who left, checkpoints, leases; and dead gates' rows."""
 
     def __init__(self, database: Database, upstreams: Upstreams, quota_period: str) -> None:
-        super().__init__(name="watcher", daemon=True)
         self.database = database
         self.upstreams = upstreams
         self._quota_period = quota_period
-        self.stopping = threading.Event()
-        self.pool = ThreadPoolExecutor(5, "watcher")  # for what may take long
         self.running: set[Relay] = set()
         self.draining = False
         self._admission = threading.Lock()  # protects draining, and counts of `running`
         self._renew_at: float | None = 0.0  # when the next period of quotas begins; None: never
-        self._round_at = time.time()  # when the last round of upkeep was well
+        self._upkeep_at = 0.0  # when the next round of upkeep is due (monotonic)
+        self._round_at = time.time()  # when the last one was well
         self._recover_at = 0.0  # no row is taken for dead before (monotonic)
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Begins to watch, in two threads: a slow disk does not hold up the look at callers."""
+        for work in (self._stop_left, self._keep_up):
+            self._threads.append(threading.Thread(target=self._repeat, args=(work,), daemon=True))
+            self._threads[-1].start()
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
 
     def admit(self, relay: Relay, places: int, most: int) -> None:
         """Lets a relay begin; 503 `draining`, `overloaded`; 429: `most` of its user run here.
@@ -1836,7 +1890,7 @@ class Watcher(threading.Thread):
                 raise APIError("draining")
             if len(running) >= places:
                 raise APIError("overloaded")
-            if sum(other.caller.id == relay.caller.id for other in running) >= most:
+            if sum(other.user.id == relay.user.id for other in running) >= most:
                 raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
             self.running.add(relay)
 
@@ -1845,32 +1899,30 @@ class Watcher(threading.Thread):
         with self._admission:
             self.draining = True
 
-    def run(self) -> None:
-        """Looks at the callers each 0.1 s until stopping is set; a slow disk does not hold it up."""
-        self.pool.submit(self._keep_up)
-        while not self.stopping.wait(0.1):
-            for relay in list(self.running):
-                if not relay.reason and relay.is_gone():
-                    relay.stop(LEFT)
-                if relay.reason and relay.status == "pending":
-                    relay.end_upstream()
-        self.pool.shutdown(cancel_futures=True)
-
-    def _keep_up(self) -> None:
-        """Renews quotas when their period begins, and does the upkeep each 2 s."""
-        upkeep_at = 0.0
-        while not self.stopping.wait(0.1):
+    def _repeat(self, work: Callable[[], None]) -> None:
+        """Does it each 0.1 s until stop(); what fails is logged, and the next round tries again."""
+        while not self._stopping.wait(0.1):
             try:
-                self.renew_quotas()
-                if time.monotonic() >= upkeep_at:
-                    upkeep_at = time.monotonic() + UPKEEP_S
-                    self.upkeep()
-            except APIError as error:  # the next round tries again
+                work()
+            except APIError as error:
                 log.error("upkeep: %s", error.for_log)
             except Exception:
                 log.exception("upkeep")
 
-    def renew_quotas(self) -> None:
+    def _stop_left(self) -> None:
+        """Stops the relays whose callers have left."""
+        for relay in list(self.running):
+            if relay.is_gone():
+                relay.stop(LEFT)
+
+    def _keep_up(self) -> None:
+        """Renews quotas when their period begins, and does the upkeep each 2 s."""
+        self.begin_period()
+        if time.monotonic() >= self._upkeep_at:
+            self._upkeep_at = time.monotonic() + UPKEEP_S
+            self.upkeep()
+
+    def begin_period(self) -> None:
         """Lets quotas begin again when a period does, once for all gates. 503."""
         if self._renew_at is None or time.time() < self._renew_at:
             return
@@ -1895,24 +1947,27 @@ class Watcher(threading.Thread):
             upstream.close_idle()
         for relay in list(self.running):
             try:
-                relay.book()
+                relay.save()
             except APIError:
                 raise
             except Exception:  # so that the others still get booked
                 log.exception("a row cannot be booked")
-        lost = self.database.query(LOST_ROWS, now=int(time.time()))
+        if time.monotonic() >= self._recover_at:
+            self._recover()
+        if time.time() % 3600 < UPKEEP_S:
+            self.database.write(FORGET_OLD_LOGINS, before=int(time.time() - 3600) * 1000)
+        self._round_at = time.time()
+
+    def _recover(self) -> None:
+        """Closes the rows of dead gates: the last checkpoint counts, at least the prompt."""
         here = {relay.request_id for relay in list(self.running)}
         times = {"first_byte_ms": None, "duration_ms": None}
-        for request_id, estimate, *seen in lost if time.monotonic() >= self._recover_at else ():
-            # The last checkpoint counts, at least the prompt.
+        for request_id, estimate, *seen in self.database.query(LOST_ROWS, now=int(time.time())):
             counts = Counts(*seen) if seen[0] else Counts(estimate, estimated=1)
             if request_id not in here:
                 log.warning("%s lost: its gate died", request_id)
                 with self.database.begin() as execute:
                     book(execute, request_id, "lost", counts, times)
-        if time.time() % 3600 < UPKEEP_S:
-            self.database.write(FORGET_OLD_LOGINS, before=int(time.time() - 3600) * 1000)
-        self._round_at = time.time()
 
 
 # ---- 8 Routes -------------------------------------------------------------------------------------
@@ -1993,8 +2048,8 @@ def auth_token() -> JSONObject:
     """A JWT for a name and a password, by JSON or by form (RFC 6749)."""
     form = request.mimetype == "application/x-www-form-urlencoded"
     body = request.form if form else read_json()
-    user_id, jwt_version, _ = log_in(body.get("username"), body.get("password"))
-    return gate().keyring.jwt_answer(user_id, jwt_version)
+    user = log_in(body.get("username"), body.get("password"))
+    return gate().keyring.jwt_answer(user.id, user.jwt_version)
 
 
 @jwt_routes.post("/auth/refresh")
@@ -2007,14 +2062,14 @@ def auth_refresh() -> JSONObject:
 def auth_password() -> JSONObject:
     """A new password; every older JWT of the user stops working."""
     body = read_json()
-    _, _, old_hash = log_in(g.caller.username, body.get("old_password"))
+    user = log_in(g.caller.username, body.get("old_password"))
     new_hash = hash_password(body.get("new_password"), "new_password")
     sql = """UPDATE users SET password_hash = :new, jwt_version = jwt_version + 1
  WHERE id = :id AND password_hash = :old RETURNING jwt_version"""
-    changed = gate().database.write(sql, new=new_hash, id=g.caller.id, old=old_hash)
+    changed = gate().database.write(sql, new=new_hash, id=user.id, old=user.password_hash)
     if not changed:  # another call was quicker
         raise APIError("invalid_credentials")
-    return gate().keyring.jwt_answer(g.caller.id, changed[0][0])
+    return gate().keyring.jwt_answer(user.id, changed[0].jwt_version)
 
 
 @jwt_routes.get("/users/me")
@@ -2047,12 +2102,11 @@ def keys_of(user_id: int) -> list[JSONObject]:
     sql = """SELECT api_key_id, CAST(sum(prompt_tokens + completion_tokens) AS BIGINT) FROM usage
  WHERE user_id = :user_id GROUP BY api_key_id"""
     used = dict(gate().database.query(sql, user_id=user_id))
-    rows = gate().database.query(LIVE_KEYS, user_id=user_id)
     keys = []
-    for key_id, name, created_at, last_used_at, nonce, key_hash in rows:
-        key = {"id": key_id, "name": name, "created_at": created_at, "last_used_at": last_used_at}
-        key["api_key"] = gate().keyring.stored_key(nonce, key_hash)
-        keys.append(key | {"tokens_used": used.get(key_id, 0)})
+    for row in gate().database.query(LIVE_KEYS, user_id=user_id):
+        key = {name: getattr(row, name) for name in ("id", "name", "created_at", "last_used_at")}
+        key["api_key"] = gate().keyring.stored_key(row)
+        keys.append(key | {"tokens_used": used.get(row.id, 0)})
     return keys
 
 
@@ -2073,8 +2127,8 @@ def create_key() -> tuple[JSONObject, int]:
         execute(LOCK_USER, row)
         if len(execute(LIVE_KEYS, row)) >= MAX_KEYS:
             raise APIError("too_many_keys")
-        ((key_id,),) = execute(INSERT_KEY, row)
-    key = {"id": key_id, "name": name, "created_at": row["now"], "last_used_at": None}
+        (made,) = execute(INSERT_KEY, row)
+    key = {"id": made.id, "name": name, "created_at": row["now"], "last_used_at": None}
     return key | {"tokens_used": 0, "api_key": api_key}, 201
 
 
@@ -2122,21 +2176,10 @@ def relay_request(endpoint: str) -> Response:
     relay = Relay(app.watcher, g.caller, endpoint, body)
     places = max(2, app.settings.threads - 32)  # some stay free, for logins and usage
     app.watcher.admit(relay, places, app.settings.max_requests_per_user)
-    try:
-        busy = [other.upstream for other in list(app.watcher.running)]
-        servers = app.upstreams.route(relay.model, busy)
-        relay.reserve(app, servers[0], body, request.get_data())
-        g.relay = relay
-        response = relay.ask(servers, body)
-    except Exception as error:
-        relay.end("error", error.for_log if isinstance(error, APIError) else words_of(error))
-        if relay.exchange:
-            relay.exchange.close()
-        if relay.reason == DRAINING:
-            raise APIError("draining") from None
-        raise
-    left = relay.caller.token_limit - relay.tokens_used
-    response.headers["x-ratelimit-limit-tokens"] = str(relay.caller.token_limit)
+    g.relay = relay
+    response = relay.answer(app, body, request.get_data())
+    left = relay.user.token_limit - relay.tokens_used
+    response.headers["x-ratelimit-limit-tokens"] = str(relay.user.token_limit)
     response.headers["x-ratelimit-remaining-tokens"] = str(max(0, left))
     return response
 
@@ -2217,31 +2260,28 @@ def drawn_usage(username: str, report: JSONObject) -> str:
     return text
 
 
-def default_model() -> tuple[str, int]:
-    """The first alias that stands for a model, else the first model, and its context; 502."""
-    upstreams = gate().upstreams
-    models = upstreams.public_models()
-    name = next((alias for alias in upstreams.aliases if alias in models), next(iter(models)))
-    return name, upstreams.context(name) or UNKNOWN_CONTEXT
+def contexts() -> dict[str, int]:
+    """{id or alias: tokens of its context}, the default model first; 502 while no server is up."""
+    models = gate().upstreams.public_models()
+    names = [*(alias for alias in gate().upstreams.aliases if alias in models), *models]
+    return {name: models[name].get("max_model_len", UNKNOWN_CONTEXT) for name in names}
 
 
 @key_routes.get("/opencode.json")
 def opencode_json() -> JSONObject:
     """A complete opencode.json for this gate; 502 while no server is up."""
-    upstreams = gate().upstreams
     models: JSONObject = {}
-    for name in upstreams.public_models():
-        context = upstreams.context(name) or UNKNOWN_CONTEXT
+    for name, context in contexts().items():
         limit = {"context": context, "output": min(context // 4, 32000)}
         models[name] = {"name": name, "tool_call": True, "limit": limit}
-        real = upstreams.resolve(name)
+        real = gate().upstreams.resolve(name)
         # OpenCode's repairs for Mistral's models go by `id`; without it the file outlives a change.
         if real != name and re.search("mistral|devstral", real, re.IGNORECASE):
             models[name]["id"] = real
     options = {"baseURL": f"{base_url()}/v1", "apiKey": "{env:LLMGATE_API_KEY}"}
     provider: JSONObject = {"npm": "@ai-sdk/openai-compatible", "name": "llmgate"}
     provider |= {"options": options, "models": models}
-    default = f"llmgate/{default_model()[0]}"
+    default = f"llmgate/{next(iter(models))}"
     config = {"$schema": "https://opencode.ai/config.json", "provider": {"llmgate": provider}}
     return config | {"model": default, "small_model": default}
 
@@ -2260,7 +2300,7 @@ def well_known_opencode() -> JSONObject:
 @key_routes.get("/claude.json")
 def claude_json() -> JSONObject:
     """A complete settings.json for Claude Code; it holds the caller's key."""
-    model, context = default_model()
+    model, context = next(iter(contexts().items()))
     variables = {
         "ANTHROPIC_BASE_URL": base_url(),
         "ANTHROPIC_AUTH_TOKEN": sent_credential(),
@@ -2277,7 +2317,7 @@ def claude_json() -> JSONObject:
 @key_routes.get("/codex.toml")
 def codex_toml() -> Response:
     """A complete config.toml for Codex; the key comes from LLMGATE_API_KEY."""
-    model, context = default_model()
+    model, context = next(iter(contexts().items()))
     quoted = json.dumps(model, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML escapes DEL
     text = f"""model = {quoted}
 model_provider = "llmgate"
@@ -2315,7 +2355,7 @@ def end_request(response: Response) -> Response:
     if resets_at and is_metered:
         wait = duration(max(0, resets_at - int(time.time())))
         response.headers["x-ratelimit-reset-tokens"] = wait
-    if "relay" not in g:
+    if "relay" not in g or not g.relay.meter:  # else the relay's own line tells
         who = f"{request.remote_addr} {g.get('login_name', '')}".strip()
         if "caller" in g:
             who = g.caller.username
@@ -2355,9 +2395,9 @@ def load_secret(settings: Settings, database: Database) -> str:
     path = Path(SECRET_FILE)
     if path.is_symlink():
         raise SettingsError(f"{SECRET_FILE} must be a file, not a link")
-    with database.exclusive():  # of several gates one makes it
+    with database.begin() as execute:  # of several gates one makes it
         if not path.exists():
-            if database.query("SELECT id FROM users LIMIT 1"):
+            if execute("SELECT id FROM users LIMIT 1"):
                 why = "bring it back, or let all users make new keys after: openssl rand -hex 32"
                 raise SettingsError(f"{path} is missing, but there are users: {why} > {path}")
             unfinished = path.with_suffix(".unfinished")  # a crash leaves no half of a secret
@@ -2400,8 +2440,6 @@ class Gate(Flask):
             db.init_app(self)
             with self.app_context():
                 self.database = Database(db.engine)
-            with self.database.exclusive():
-                self.database.create_tables()
             secret = load_secret(settings, self.database)
         except OSError as error:
             raise SettingsError(f"DATABASE_URL or {SECRET_FILE}: {error}") from None
@@ -2411,7 +2449,7 @@ class Gate(Flask):
         self.keyring = Keyring(secret, settings.jwt_expiration_hours)
         self.upstreams = Upstreams(settings)
         self.watcher = Watcher(self.database, self.upstreams, settings.quota_period)
-        self.watcher.renew_quotas()
+        self.watcher.begin_period()
 
     def resets_at(self) -> int | None:
         """When quotas begin again (Unix seconds); None: never."""
@@ -2436,12 +2474,20 @@ class LineFormatter(logging.Formatter):
         return "".join(traceback.format_tb(ei[2])) + words_of(ei[1])
 
 
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The log's file, which begins anew at 10 MB; five old ones are kept."""
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        """The library's own formats each line once more, to be exact."""
+        return bool(cast(Any, self.stream).tell() > 10 << 20)
+
+
 def log_to(file: str, number: int) -> logging.Handler:
     """Begins the log; of several processes the first one rotates the file. SettingsError."""
     handler: logging.Handler = logging.StreamHandler()
     try:
         if file != "-" and number == 1:
-            handler = logging.handlers.RotatingFileHandler(file, "a", 10 << 20, 5, "utf-8")
+            handler = LogFile(file, backupCount=5, encoding="utf-8")
         elif file != "-":
             handler = logging.handlers.WatchedFileHandler(file, encoding="utf-8")
     except OSError as error:
@@ -2509,7 +2555,8 @@ class Server:
         self.app = Gate(settings)
         host, port = listening.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self._sockets: dict[int, Any] = {}  # waitress's loop runs while it has any
+        self._break_off_at = math.inf  # monotonic: when running answers have had their time
+        self._sockets: dict[int, Any] = {}  # all that waitress's loop looks at
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # a relay has two connections
         forwarded = [f"x-forwarded-{name}" for name in ("for", "host", "proto", "port")]
         self._waitress = waitress.create_server(
@@ -2531,24 +2578,19 @@ class Server:
         self._waitress.channel_class = Channel
 
     def run(self) -> None:
-        """Serves until drain() has ended it and all is booked."""
+        """Serves until drain() was called and all is answered and booked."""
         watcher = self.app.watcher
         watcher.start()
-        try:
-            while self._sockets:
-                before = len(self._sockets)
-                loop(1, True, self._sockets, 1)
-                # A turn looks at all connections: let several get ready, but accept new ones at
-                # once. 64 callers get a quarter more done, 200 streams a third of the p99 lag.
-                if len(watcher.running) > 8 and len(self._sockets) <= before:
-                    time.sleep(0.001)
-        finally:
-            watcher.stopping.set()  # or its threads would keep a broken gate from ending
-        self._drainer.join()  # it may still be pulling the trigger that is closed now
+        while not self._drained():
+            before = len(self._sockets)
+            loop(0.1, True, self._sockets, 1)
+            # A turn looks at all connections: let several get ready, but accept new ones at once.
+            # 64 callers get a quarter more done, 200 streams a third of the p99 lag.
+            if len(watcher.running) > 8 and len(self._sockets) <= before:
+                time.sleep(0.001)
         self._waitress.task_dispatcher.shutdown()
-        close_all(self._waitress.active_channels)
-        self._waitress.close()
-        watcher.join()
+        close_all(self._sockets)
+        watcher.stop()
         with suppress(APIError):
             watcher.upkeep()
         for upstream in self.app.upstreams:
@@ -2562,31 +2604,19 @@ class Server:
     def drain(self, grace_s: float = 30) -> None:
         """Refuses new relays from now on, breaks off the running ones after `grace_s`, then stops."""
         self.app.watcher.refuse_relays()
-        self._drainer = threading.Thread(target=self._drain, args=(grace_s,), name="drain")
-        self._drainer.start()
+        self._break_off_at = time.monotonic() + grace_s
 
-    def _drain(self, grace_s: float) -> None:
-        """The rest of drain(), beside waitress, which goes on serving meanwhile."""
-        running = self.app.watcher.running
-        channels = self._waitress.active_channels
-        wait_until(lambda: not running, grace_s)
-        for relay in list(running):
+    def _drained(self) -> bool:
+        """Whether nothing runs any more after drain(); sees to that, one step at each call."""
+        late_s = time.monotonic() - self._break_off_at
+        running = list(self.app.watcher.running)
+        for relay in running if late_s > 0 else ():
             relay.stop(DRAINING)
-        wait_until(lambda: not running, 5)
-        for relay in list(running):  # its caller does not read; one without a row sees `reason`
-            if relay.meter:
+            if late_s > 5 and relay.meter:  # its caller does not read; one without a row is told
                 relay.end("error", DRAINING)
-        wait_until(
-            lambda: not any(c.requests or c.total_outbufs_len for c in [*channels.values()]), 2
-        )
-        self._waitress.trigger.pull_trigger(self._sockets.clear)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Polls until the condition holds or the time is over."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
+        channels = list(self._waitress.active_channels.values())
+        busy = running or any(c.requests or c.total_outbufs_len for c in channels)
+        return self.app.watcher.draining and (late_s > 7 or not busy)
 
 
 ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -2623,40 +2653,41 @@ register  {how_to_register(server.url, settings)}""")
 def serve_all(settings: Settings, listening: socket.socket) -> None:
     """Starts PROCESSES gates on one socket and looks after them: a dead one is replaced."""
     Gate(settings).database.close()  # makes the tables and the secret, while nobody else does
-    workers: dict[int, int] = {}  # process id: its number
-    missing = list(range(1, settings.processes + 1))
     supervisor = os.getpid()
-    code = 0
+    numbers: dict[int, int] = {}  # of the gates, by process id
     ending = False
 
     def end(*_: object) -> None:
         nonlocal ending
         ending = True
-        for pid in list(workers):
+        for pid in list(numbers):
             os.kill(pid, signal.SIGTERM)
+
+    def start(number: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the new process has its own
+        pid = os.fork()
+        if pid == 0:
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends with us
+            if os.getppid() == supervisor and not ending:
+                serve(settings, listening, number)
+            sys.exit()
+        numbers[pid] = number
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
     for name in ENDING:
         signal.signal(name, end)
-    while workers or (missing and not ending):
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until a new process has its own
-        while missing and not ending:
-            pid = os.fork()
-            if pid == 0:
-                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends with us
-                if os.getppid() == supervisor:
-                    serve(settings, listening, missing[0])
-                return
-            workers[pid] = missing.pop(0)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    for number in range(1, settings.processes + 1):
+        start(number)
+    while numbers:
         pid, wait_status = os.wait()
-        number = workers.pop(pid)
+        number = numbers.pop(pid)
         code = os.waitstatus_to_exitcode(wait_status)
         if not ending and code == 2:  # a setting is wrong
             end()
-        elif not ending:
+        if not ending:
             click.echo(f"Process {number} ended ({code}); starting another.", err=True)
             time.sleep(1)
-            missing.append(number)
+            start(number)
     sys.exit(code)
 
 
@@ -2696,10 +2727,10 @@ NAME = click.argument("name")
 NAME_OR_ALL = click.argument("name", required=False)
 
 
-def accounts(name: str | None = None) -> list[Caller]:
+def accounts(name: str | None = None) -> list[Row]:
     """The account of a name, or all; a click error if nobody has the name."""
-    everyone = gate().database.query(f"SELECT {USER} FROM users u ORDER BY u.id")
-    found = [Caller(*row) for row in everyone if name is None or row[1].lower() == name.lower()]
+    everyone = gate().database.query("SELECT * FROM users ORDER BY id")
+    found = [user for user in everyone if name is None or user.username.lower() == name.lower()]
     if name is not None and not found:
         raise click.ClickException(f"There is no user {name!r}; see: python llmgate.py users")
     return found

@@ -31,7 +31,6 @@ import random
 import re
 import resource
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -1795,19 +1794,54 @@ def assert_error(reply: Reply, status: int, code: str = "", param: str = "") -> 
     return error
 
 
+@pytest.fixture
+def user(gate: ThreadedGate) -> User:
+    """An account on the gate."""
+    return register(gate)
+
+
+ENDPOINTS = ("chat/completions", "messages", "responses")  # one of each protocol
+AGENTS = ENDPOINTS[1:]  # what Claude Code and Codex speak
+BOUND_NAMES = {"responses": "max_output_tokens"}
+
+
+def body_of(endpoint: str, model: str = "ok", most: int = 300, **fields: object) -> JSONObject:
+    """Return the body of a request for at most so many tokens, with the prompt marker in it."""
+    body: JSONObject = {"model": model, BOUND_NAMES.get(endpoint, "max_tokens"): most}
+    if endpoint in ("completions", "embeddings"):
+        return body | {"prompt": [PROMPT, PROMPT], "input": [PROMPT, PROMPT]} | fields
+    if endpoint == "responses":
+        return body | {"input": PROMPT} | fields
+    return body | {"messages": [{"role": "user", "content": PROMPT}]} | fields
+
+
+def refused(endpoint: str, reply: Reply, status: int, code: str = "") -> str:
+    """Fail unless `reply` is an error in the protocol's own shape; return its words."""
+    if not endpoint.startswith("messages"):
+        return str(assert_error(reply, status, code)["message"])
+    body = json.loads(reply.content)
+    assert (reply.status_code, set(body), body["type"]) == (status, {"type", "error"}, "error")
+    assert set(body["error"]) == {"type", "message"} and body["error"]["message"]
+    assert reply.content.endswith(b"\n") and not LEAKS.search(reply.content.decode())
+    return str(body["error"]["message"])
+
+
 # ---------------------------------------------------------------------------------------------
 # Accounts, JWTs and keys: who gets in, and that nobody else does.
 
 API_KEY = re.compile(r"sk-llmgate-[0-9A-Za-z]{49}")
 LONGEST_PASSWORD = "ä" * 36  # 72 bytes
+WISHES: JSONObject = {  # of one who would be somebody else
+    "is_admin": True, "id": 77, "jwt_version": 9, "disabled_at": 1, "tokens_used": -1000,
+    "tokens_reserved": -1000, "api_key": "sk-llmgate-mine", "key_hash": "0" * 64,
+}  # fmt: skip
 
 
 def test_registration_gives_an_integer_id_and_a_key(gate: Gate) -> None:
-    """The answer that README shows, which no cache may keep; /users/me shows the key again."""
+    """What README shows and no cache may keep; extra fields change nothing of it."""
     body = {"username": "alice_1", "password": PASSWORD}
-    answer = call(gate, "POST", "/auth/register", json=body)
-    assert answer.status_code == 201
-    assert answer.headers["Cache-Control"] == "no-store"
+    answer = call(gate, "POST", "/auth/register", json=body | WISHES)
+    assert (answer.status_code, answer.headers["Cache-Control"]) == (201, "no-store")
     assert answer.headers["X-Request-Id"]
     key = answer.json()["api_key"]
     gate.secrets.add(key)
@@ -1817,34 +1851,35 @@ def test_registration_gives_an_integer_id_and_a_key(gate: Gate) -> None:
     seen = me(gate, User(1, "alice_1", PASSWORD, key))
     assert abs(seen.pop("created_at") - time.time()) < 60
     assert seen == account | {"id": 1}
+    row = gate.rows("SELECT id, tokens_used, tokens_reserved, jwt_version, disabled_at FROM users")
+    assert row == [(1, 0, 0, 1, None)]
+    assert gate.rows("SELECT count(*) FROM api_keys WHERE key_hash = ?", "0" * 64) == [(0,)]
 
 
-def test_login_takes_json_and_a_form(gate: Gate) -> None:
+def test_login_takes_json_and_a_form(gate: Gate, user: User) -> None:
     """Both give a JWT of a day, which no cache may keep; it buys a new one of the same shape."""
-    user = register(gate)
     credentials = {"username": user.name, "password": PASSWORD}
     by_json = call(gate, "POST", "/auth/token", json=credentials)
     by_form = call(gate, "POST", "/auth/token", data=credentials | {"grant_type": "password"})
     refreshed = call(gate, "POST", "/auth/refresh", by_json.json()["access_token"])
     for answer in (by_json, by_form, refreshed):
         assert answer.status_code == 200, answer.text
-        assert set(answer.json()) == {"access_token", "token_type", "expires_in"}
-        assert answer.json()["token_type"] == "bearer"
-        assert answer.json()["expires_in"] == 24 * 3600
+        token = answer.json()["access_token"]
+        about = {"token_type": "bearer", "expires_in": 24 * 3600}
+        assert answer.json() == {"access_token": token} | about
         assert answer.headers["Cache-Control"] == "no-store"
-        gate.secrets.add(answer.json()["access_token"])
-        assert call(gate, "GET", "/users/me", answer.json()["access_token"]).status_code == 200
-    assert_error(call(gate, "POST", "/auth/refresh"), 401)
+        gate.secrets.add(token)
+        assert call(gate, "GET", "/users/me", token).status_code == 200
 
 
 def test_names_are_unique_whatever_their_case(gate: Gate) -> None:
     """Also when eight ask for one at the same time: one row, and seven clear answers."""
     body = {"username": "alice_1", "password": PASSWORD}
     answers = in_parallel(8, lambda _: call(gate, "POST", "/auth/register", json=body))
-    refused = [answer for answer in answers if answer.status_code != 201]
-    assert len(refused) == 7
+    late = [answer for answer in answers if answer.status_code != 201]
+    assert len(late) == 7
     body["username"] = "ALICE_1"
-    for answer in [*refused, call(gate, "POST", "/auth/register", json=body)]:
+    for answer in [*late, call(gate, "POST", "/auth/register", json=body)]:
         assert_error(answer, 409, "username_taken")
     assert gate.rows("SELECT count(*) FROM users") == [(1,)]
     assert gate.rows("SELECT count(*) FROM api_keys") == [(1,)]
@@ -1854,10 +1889,13 @@ def test_names_are_unique_whatever_their_case(gate: Gate) -> None:
 BAD_NAMES = ["ab", "a" * 65, "", "a b", "älice", "a\r\nb", "a/b", 12345, None]
 BAD_PASSWORDS = ["a" * 73, "😀" * 19, "a" * 60_000, "", "passwor", 12345678, None, "password\ud800"]
 BAD_LIMITS = ["-1", "0", "1.5", '"100"', "true", "[]", "NaN", "1e999"]
+GRANTED_LIMITS = {None: 5000, 7: 7, 9000: 9000, 9001: 9000, 10**30: 9000}
 
 
-def test_bad_name_password_or_limit_makes_no_account(gate: Gate) -> None:
+def test_bad_name_password_or_limit_makes_no_account(make_gate: MakeGate) -> None:
     """400 at registration; at login a bad name or password is a wrong one."""
+    gate = make_gate(DEFAULT_TOKEN_LIMIT="5000", MAX_TOKEN_LIMIT="9000")
+    users = [register(gate, token_limit=asked) for asked in GRANTED_LIMITS] + [register(gate)]
     for name in BAD_NAMES:
         body: JSONObject = {"username": name, "password": PASSWORD}
         assert_error(call(gate, "POST", "/auth/register", json=body), 400, param="username")
@@ -1865,59 +1903,46 @@ def test_bad_name_password_or_limit_makes_no_account(gate: Gate) -> None:
     for limit in BAD_LIMITS:
         text = f'{{"username": "dave", "password": "{PASSWORD}", "token_limit": {limit}}}'
         assert_error(post_text(gate, "/auth/register", "", text), 400)
-    users = [register(gate), register(gate)]  # with four tries for each
     for number, password in enumerate(BAD_PASSWORDS):
         body = {"username": "carol", "password": password}
         assert_error(post_text(gate, "/auth/register", "", json.dumps(body)), 400, param="password")
-        assert_error(try_login(gate, users[number % 2].name, password), 401, "invalid_credentials")
-    assert gate.rows("SELECT count(*) FROM users") == [(2,)]
+        name = users[number % 2].name  # with four tries for each
+        assert_error(try_login(gate, name, password), 401, "invalid_credentials")
+    granted = [limit for (limit,) in gate.rows("SELECT token_limit FROM users ORDER BY id")]
+    assert granted == [*GRANTED_LIMITS.values(), 5000]
     user = register(gate, password=LONGEST_PASSWORD)
     assert try_login(gate, user.name, LONGEST_PASSWORD).status_code == 200
     for wrong in (LONGEST_PASSWORD + "a", LONGEST_PASSWORD[:-1] + "ö", LONGEST_PASSWORD[:-1]):
         assert_error(try_login(gate, user.name, wrong), 401, "invalid_credentials")
 
 
-def test_token_limit_is_granted_up_to_the_maximum(make_gate: MakeGate) -> None:
-    """Absent and null mean the default."""
-    gate = make_gate(DEFAULT_TOKEN_LIMIT="5000", MAX_TOKEN_LIMIT="9000")
-    absent = register(gate)
-    assert me(gate, absent)["token_limit"] == 5000
-    for asked, granted in ((None, 5000), (7, 7), (9000, 9000), (9001, 9000), (10**30, 9000)):
-        assert me(gate, register(gate, token_limit=asked))["token_limit"] == granted
-
-
-def test_extra_fields_change_nothing(gate: Gate) -> None:
-    """Nobody registers as somebody else."""
-    rights: JSONObject = {"is_admin": True, "id": 77, "jwt_version": 9, "disabled_at": 1}
-    keys = {"api_key": "sk-llmgate-mine", "key_hash": "0" * 64}
-    user = register(gate, tokens_used=-1000, tokens_reserved=-1000, **rights, **keys)
-    assert user.id == 1 and API_KEY.fullmatch(user.key)
-    row = gate.rows("SELECT id, tokens_used, tokens_reserved, jwt_version, disabled_at FROM users")
-    assert row == [(1, 0, 0, 1, None)]
-    assert gate.rows("SELECT count(*) FROM api_keys WHERE key_hash = ?", "0" * 64) == [(0,)]
-
-
 READS_JSON = [
-    "/auth/register", "/auth/token", "/auth/password", "/users/me/keys",
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
+    "/auth/register", "/auth/token", "/auth/password", "/users/me/keys", "/v1/completions",
+    "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
+    "/v1/messages/count_tokens",
 ]  # fmt: skip
 BAD_BODIES = [b"{bad", b"", b"[1]", b"null", b'"x"', b"\xff\xfe", b'{"model": "\xff\xfe"}']
 BAD_BODIES += [b"[" * 60_000, b'{"model": ' + b"[" * 60_000]
 
 
-def test_bad_body_is_refused_by_every_call(gate: Gate) -> None:
-    """400; and 415 for `text/plain`, which a web page may send without asking, or no type."""
-    user = register(gate)
+def test_bad_body_is_refused_by_every_call(gate: Gate, user: User) -> None:
+    """400; 415 as text, which a web page may send unasked, and as gzip. A BOM is read over."""
     token = login(gate, user)
     good = json.dumps(chat_body() | {"username": "erin", "password": PASSWORD}).encode()
+    packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     for path in READS_JSON:
-        bearer = user.key if path.startswith("/v1") else token
+        endpoint, bearer = path.removeprefix("/v1/"), user.key if "/v1" in path else token
         for body in BAD_BODIES:
-            assert_error(post_text(gate, path, bearer, body), 400)
-        for headers in ({"Content-Type": "text/plain"}, {}):
-            assert_error(call(gate, "POST", path, bearer, data=good, headers=headers), 415)
+            refused(endpoint, post_text(gate, path, bearer, body), 400)
+        for headers in ({}, {"Content-Type": "text/plain"}, packed):
+            body = gzip.compress(good) if headers == packed else good
+            answer = call(gate, "POST", path, bearer, data=body, headers=headers)
+            refused(endpoint, answer, 415)
     assert gate.upstream.asked() == []
     assert gate.rows("SELECT count(*) FROM users") == [(1,)]
+    marked = b"\xef\xbb\xbf" + json.dumps(chat_body()).encode()
+    assert post_text(gate, "/v1/chat/completions", user.key, marked).status_code == 200
+    assert [x.json() for x in gate.upstream.asked()] == [chat_body()]
 
 
 def test_unknown_name_and_wrong_password_look_the_same(gate: Gate) -> None:
@@ -1934,15 +1959,14 @@ def test_unknown_name_and_wrong_password_look_the_same(gate: Gate) -> None:
     def difference() -> float:
         names = [register(gate).name for _ in range(4)] * 3
         pairs = [(seconds(name), seconds(f"no-{name}-{i}")) for i, name in enumerate(names)]
-        wrong = statistics.median([wrong_s for wrong_s, _ in pairs])
-        unknown = statistics.median([unknown_s for _, unknown_s in pairs])
-        return abs(wrong - unknown) / max(wrong, unknown)
+        wrong, unknown = (statistics.median(times) for times in zip(*pairs, strict=True))
+        return float(abs(wrong - unknown) / max(wrong, unknown))
 
     assert best_of_six(difference, 0.25) < 0.25
     assert len(bodies) == 1
 
 
-def sign(gate: Gate, claims: Mapping[str, object], algorithm: str = "HS256", **header: str) -> str:
+def sign(claims: Mapping[str, object], algorithm: str = "HS256", **header: str) -> str:
     """Sign claims with the gate's own key for JWTs; None as a claim leaves it out."""
     now = int(time.time())
     whole = {"sub": "1", "iat": now, "exp": now + 60, "ver": 1} | dict(claims)
@@ -1954,10 +1978,12 @@ def sign(gate: Gate, claims: Mapping[str, object], algorithm: str = "HS256", **h
 
 
 def test_forged_jwt_is_refused_at_once(gate: Gate) -> None:
-    """One that the gate's own key has signed works, or the others would show nothing."""
+    """What the gate's own key signed works, also by a clock that is 8 s ahead or behind."""
     register(gate)
-    genuine = sign(gate, {})
-    assert call(gate, "GET", "/users/me", genuine).status_code == 200
+    now = int(time.time())
+    for start in (now + 8, now - 3608, now):
+        genuine = sign({"iat": start, "nbf": start, "exp": start + 3600})
+        assert call(gate, "GET", "/users/me", genuine).status_code == 200, start - now
     header, payload, signature = genuine.split(".")
     claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
     other = base64.urlsafe_b64encode(json.dumps(claims | {"sub": "2"}).encode()).decode()
@@ -1965,15 +1991,15 @@ def test_forged_jwt_is_refused_at_once(gate: Gate) -> None:
     forged = [f"{none}.{payload}.", f"{none}.{payload}.{signature}", f"{header}.{payload}."]
     forged += [f"{header}.{other.rstrip('=')}.{signature}", "a.b.c", "a" * 40_000]
     forged += [jwt.encode(claims, "k" * 32), jwt.encode(claims, JWT_SECRET)]
-    forged += [sign(gate, {}, "HS512"), sign(gate, {}, crit=cast(str, ["exp"]))]
-    forged += [sign(gate, {"sub": sub}) for sub in (None, 1, "2", "9" * 30, "one")]
-    forged += [sign(gate, {"exp": None}), sign(gate, {"ver": 2})]
-    for token in [*forged, sign(gate, {"nbf": int(time.time()) + 3600})]:
+    forged += [sign({}, "HS512"), sign({}, crit=cast(str, ["exp"]))]
+    forged += [sign({"sub": sub}) for sub in (None, 1, "2", "9" * 30, "one")]
+    forged += [sign({"exp": None}), sign({"ver": 2})]
+    for token in [*forged, sign({"iat": now + 30, "nbf": now + 30, "exp": now + 90})]:
         began = time.perf_counter()
         answer = call(gate, "GET", "/users/me", token)
         assert time.perf_counter() - began < 0.5, token
         assert_error(answer, 401, "invalid_token")
-    expired = sign(gate, {"exp": int(time.time()) - 120})  # so that a client logs in again
+    expired = sign({"exp": now - 120})  # so that a client logs in again
     assert_error(call(gate, "GET", "/users/me", expired), 401, "token_expired")
     for value in ("Bearer", "Bearer ", "", "Bearer \xe4\xff"):
         reply = send_raw(gate, raw_request("GET", "/users/me", {"Authorization": value}))
@@ -1982,14 +2008,14 @@ def test_forged_jwt_is_refused_at_once(gate: Gate) -> None:
     assert send_raw(gate, raw_request("GET", "/users/me", too_long)).status_code == 431
 
 
-def test_each_credential_opens_its_own_calls_only(gate: Gate) -> None:
-    """An API key opens no account but reads its usage; a JWT opens no model; no query opens both."""
-    user = register(gate)
+def test_each_credential_opens_its_own_calls_only(gate: Gate, user: User) -> None:
+    """A key opens no account but reads its usage; a JWT opens no model; no query opens any."""
     token = login(gate, user)
-    for path in ("/users/me", "/users/me/keys"):
-        assert_error(call(gate, "GET", path, user.key), 401)
-    for path in ("/users/me/api-key", "/auth/refresh"):
-        assert_error(call(gate, "POST", path, user.key), 401)
+    for asked in ("GET /users/me", "GET /users/me/keys", "POST /users/me/api-key"):
+        method, path = asked.split()
+        assert_error(call(gate, method, path, user.key), 401)
+    for bearer in (user.key, ""):
+        assert_error(call(gate, "POST", "/auth/refresh", bearer), 401)
     assert call(gate, "GET", "/users/usage", user.key).status_code == 200
     assert_error(call(gate, "GET", "/v1/models", token), 401, "invalid_api_key")
     assert_error(chat(gate, token), 401, "invalid_api_key")
@@ -2000,9 +2026,8 @@ def test_each_credential_opens_its_own_calls_only(gate: Gate) -> None:
     assert me(gate, user)["api_key"] == user.key
 
 
-def test_bad_key_is_refused_before_vllm(gate: Gate) -> None:
+def test_bad_key_is_refused_before_vllm(gate: Gate, user: User) -> None:
     """At once, and without a reason to try again. A scheme in small letters is a good one."""
-    user = register(gate)
     key, body = user.key, json.dumps(chat_body()).encode()
     changed = key[:20] + ("B" if key[20] == "A" else "A") + key[21:]
     in_basic = "Basic " + base64.b64encode(f"user:{key}".encode()).decode()
@@ -2029,62 +2054,62 @@ def test_mistyped_key_is_refused_without_the_database(start_process: StartProces
     with (gate.directory / "llmgate.db-shm").open("r+b") as shared:
         fcntl.lockf(shared, fcntl.LOCK_EX, 8, 120)  # all of SQLite's WAL locks, also the readers'
         with pytest.raises(requests.ReadTimeout):
-            call(gate, "GET", "/v1/models", user.key, timeout=1)
+            call(gate, "GET", "/v1/models", user.key, timeout=0.4)
         for key in (user.key[:-1], user.key + "0", user.key.replace("-llmgate-", "-llmgate-0")):
-            assert_error(call(gate, "GET", "/v1/models", key, timeout=1), 401, "invalid_api_key")
+            assert_error(call(gate, "GET", "/v1/models", key), 401, "invalid_api_key")
     assert call(gate, "GET", "/v1/models", user.key).status_code == 200
 
 
 def test_replaced_key_is_refused_and_its_stream_goes_on(gate: Gate) -> None:
-    """The old key stops at once, a running answer ends well, the quota is the same."""
+    """The quota is the same. Of ten new keys at once one works, which /users/me shows."""
     user = register(gate, token_limit=50_000)
+    token = login(gate, user)
     assert chat(gate, user.key).status_code == 200
     with chat(gate, user.key, "slow", stream=True, max_tokens=10) as running:
-        key = replace_key(gate, login(gate, user))
+        key = replace_key(gate, token)
         assert_error(chat(gate, user.key), 401, "invalid_api_key")
         assert chat(gate, key).status_code == 200
-        assert list(stream_events(running))[-1] == b"data: [DONE]\n\n"
+        assert list(stream_events(running))[-1] == DONE + b"\n\n"
     gate.settle()
-    seen = me(gate, user)
-    assert (seen["token_limit"], seen["tokens_used"], seen["api_key"]) == (50_000, 80, key)
-
-
-def test_one_of_ten_parallel_new_keys_works(gate: Gate) -> None:
-    """The one that /users/me shows."""
-    user = register(gate)
-    token = login(gate, user)
-    keys = in_parallel(10, lambda _: replace_key(gate, token))
+    keys = [key, *in_parallel(10, lambda _: replace_key(gate, token))]
     working = [key for key in keys if call(gate, "GET", "/v1/models", key).status_code == 200]
-    assert working == [me(gate, user)["api_key"]]
-    assert_error(call(gate, "GET", "/v1/models", user.key), 401)
+    seen = me(gate, user)
+    assert working == [seen["api_key"]]
+    assert (seen["token_limit"], seen["tokens_used"]) == (50_000, 80)
 
 
 def test_named_keys_are_listed_and_revoked(gate: Gate) -> None:
-    """A user may have more keys, each with its own usage; a revoked one is refused at once."""
-    user = register(gate)
+    """Up to a hundred of a user, each with its own usage; a revoked one is refused at once."""
+    user, path = register(gate), "/users/me/keys"
     token = login(gate, user)
-    made = call(gate, "POST", "/users/me/keys", token, json={"name": "laptop"})
-    assert made.status_code == 201, made.text
-    key = made.json()["api_key"]
-    gate.secrets.add(key)
+
+    def make(name: str) -> JSONObject:
+        made = call(gate, "POST", path, token, json={"name": name})
+        assert made.status_code == 201, made.text
+        gate.secrets.add(made.json()["api_key"])
+        return cast(JSONObject, made.json())
+
+    key = make("laptop")["api_key"]
     assert chat(gate, key).status_code == 200
     gate.settle()
-    keys = call(gate, "GET", "/users/me/keys", token).json()["data"]
+    keys = call(gate, "GET", path, token).json()["data"]
     assert [item["name"] for item in keys][1:] == ["laptop"]
     assert [item["api_key"] for item in keys] == [user.key, key]
     assert [item["tokens_used"] for item in keys] == [0, 30]
-    number = keys[1]["id"]
-    assert call(gate, "DELETE", f"/users/me/keys/{number}", token).status_code == 204
+    assert call(gate, "DELETE", f"{path}/{keys[1]['id']}", token).status_code == 204
     assert_error(chat(gate, key), 401, "invalid_api_key")
     assert chat(gate, user.key).status_code == 200
     other = login(gate, register(gate))
-    assert_error(call(gate, "DELETE", f"/users/me/keys/{keys[0]['id']}", other), 404)
+    assert_error(call(gate, "DELETE", f"{path}/{keys[0]['id']}", other), 404)
     assert me(gate, user)["api_key"] == user.key
+    last = [make("one more") for _ in range(99)][-1]
+    assert_error(call(gate, "POST", path, token, json={"name": "too many"}), 400)
+    call(gate, "DELETE", f"{path}/{last['id']}", token)
+    make("there is room again")
 
 
-def test_new_password_ends_every_older_jwt(gate: Gate) -> None:
+def test_new_password_ends_every_older_jwt(gate: Gate, user: User) -> None:
     """A stolen JWT is of no use any more; the API key works on."""
-    user = register(gate)
     old = login(gate, user)
     body = {"old_password": PASSWORD, "new_password": PASSWORD + "-2"}
     wrong = call(gate, "POST", "/auth/password", old, json=body | {"old_password": "wrong-one"})
@@ -2100,144 +2125,85 @@ def test_new_password_ends_every_older_jwt(gate: Gate) -> None:
 
 
 def test_guessing_is_slowed_down_for_one_name_only(gate: Gate) -> None:
-    """Also for the right password, until the time is over; keys and others go on.
-
-    A name that does not exist is held back the same, so that nobody learns which ones do.
-    """
+    """Also for the right password; keys and others go on. So it is for a name that nobody has."""
     user, other = register(gate), register(gate)
-    answers = [try_login(gate, user.name, "wrong-password") for _ in range(10)]
+    guesses = [try_login(gate, user.name, "wrong-password") for _ in range(10)]
     held_back = try_login(gate, user.name, PASSWORD)
-    statuses = [answer.status_code for answer in answers]
+    statuses = [answer.status_code for answer in guesses]
     assert statuses[:5] == [401] * 5 and statuses[-1] == 429
-    for answer in (answers[-1], held_back):
+    for answer in (guesses[-1], held_back):
         assert_error(answer, 429, "rate_limit_exceeded")
     assert chat(gate, user.key).status_code == 200
     assert try_login(gate, other.name, PASSWORD).status_code == 200
-    wait_s = int(held_back.headers["Retry-After"])
-    wait_until(lambda: try_login(gate, user.name, PASSWORD).status_code == 200, wait_s + 1)
     unknown = [try_login(gate, "no-such-name", "wrong-password") for _ in range(10)]
     assert [answer.status_code for answer in unknown] == statuses
-    assert unknown[-1].content == answers[-1].content
+    assert unknown[-1].content == guesses[-1].content
+    wait_s = int(held_back.headers["Retry-After"])
+    wait_until(lambda: try_login(gate, user.name, PASSWORD).status_code == 200, wait_s + 1)
 
 
-def test_guesses_are_counted_before_they_are_tried(gate: Gate) -> None:
-    """Few of fifty at once get that far; of a typed name only as much is kept as one can have."""
-    user = register(gate)
+def test_guesses_are_counted_before_they_are_tried(gate: Gate, user: User) -> None:
+    """Few of fifty at once get that far. The log has who guesses, but nothing that is no name."""
     answers = in_parallel(50, lambda _: try_login(gate, user.name, "wrong-password"))
     statuses = Counter(answer.status_code for answer in answers)
     assert statuses[401] + statuses[429] == 50
     assert 1 <= statuses[401] <= 10
-    for number in range(3):
-        assert_error(try_login(gate, f"{number}" * 60_000, "wrong"), 401, "invalid_credentials")
+    for name in ("mallory", "1" * 60_000, "2" * 60_000, "no name\n"):
+        assert_error(try_login(gate, name, "wrong"), 401, "invalid_credentials")
     remembered = gate.rows("SELECT * FROM login_attempts")
-    assert len(remembered) == 4
+    assert len(remembered) == 5
     assert max(len(str(row)) for row in remembered) < 200
+    wait_until(lambda: gate.log.read_text().count("/auth/token") == 54)
+    lines = [line for line in gate.log.read_text().splitlines() if "/auth/token" in line]
+    assert all("127.0.0.1" in line and "no name" not in line for line in lines)
+    assert [" 401 " in line for line in lines if "mallory" in line] == [True]
 
 
-def test_disabled_account_is_refused(gate: Gate) -> None:
+def test_disabled_account_is_refused(gate: Gate, user: User) -> None:
     """The operator's `disable` stops login, JWT and key."""
-    user = register(gate)
     token = login(gate, user)
     run_command(gate, "disable", user.name)
-    for answer in (
-        try_login(gate, user.name, PASSWORD),
-        call(gate, "GET", "/users/me", token),
-        call(gate, "GET", "/v1/models", user.key),
-    ):
+    answers = [call(gate, "GET", "/users/me", token), call(gate, "GET", "/v1/models", user.key)]
+    for answer in [*answers, try_login(gate, user.name, PASSWORD)]:
         assert_error(answer, 403, "account_disabled")
     run_command(gate, "enable", user.name)
     assert chat(gate, user.key).status_code == 200
 
 
-def test_registration_is_closed_or_by_invitation(
-    make_gate: MakeGate, start_process: StartProcess
-) -> None:
-    """REGISTRATION; with an invitation the first lines of the gate say how to use it."""
-    closed = make_gate(REGISTRATION="closed")
+def test_registration_by_invitation(start_process: StartProcess) -> None:
+    """The gate's first lines say how; who has none is told so, who has a wrong one, that it is."""
     gate = start_process(REGISTRATION="invite", REGISTRATION_TOKEN="invitation-marker-77")
     gate.secrets.add("invitation-marker-77")
-    body = {"username": "ida", "password": PASSWORD}
-    assert_error(call(closed, "POST", "/auth/register", json=body), 403, "registration_closed")
-    for token in ("another", 5):
-        wrong = body | {"registration_token": token}
-        assert_error(call(gate, "POST", "/auth/register", json=wrong), 403, "registration_closed")
+    body: JSONObject = {"username": "ida", "password": PASSWORD}
+    answer = call(gate, "POST", "/auth/register", json=body)
+    message = assert_error(answer, 403, "registration_closed")["message"]
+    assert "registration_token" in message and "wrong" not in message.lower()
+    for token, word in (("another", "wrong"), (5, "registration_token")):
+        answer = call(gate, "POST", "/auth/register", json=body | {"registration_token": token})
+        assert word in assert_error(answer, 403, "registration_closed")["message"].lower()
     assert register(gate, "ida", registration_token="invitation-marker-77").id == 1
     assert '"registration_token":"…"' in gate.output.read_text()
 
 
-@pytest.mark.parametrize(("ahead_s", "status"), [(8, 200), (-8, 200), (30, 401)])
-def test_jwt_of_a_gate_with_another_clock_works(gate: Gate, ahead_s: int, status: int) -> None:
-    """Clocks differ: 8 s too early or too late are borne, half a minute is not."""
-    register(gate)
-    start = int(time.time()) + (ahead_s if ahead_s > 0 else ahead_s - 3600)
-    token = sign(gate, {"iat": start, "nbf": start, "exp": start + 3600})
-    assert call(gate, "GET", "/users/me", token).status_code == status
-
-
-def test_commands_at_once_make_one_secret(tmp_path: Path, start_process: StartProcess) -> None:
-    """In an empty folder nobody fails, and every key can be shown again."""
+def test_secret_is_made_once_and_whole(tmp_path: Path, start_process: StartProcess) -> None:
+    """By commands at once; a write that fails leaves no half of it, a link there is refused."""
+    secret = tmp_path / "llmgate.secret"
+    full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+    command(tmp_path, customized(tmp_path / "full", full), "create-tables", status=1)
+    assert not secret.exists()
+    secret.symlink_to(tmp_path / "elsewhere")
+    assert "llmgate.secret" in refusal(tmp_path) and not (tmp_path / "elsewhere").exists()
+    secret.unlink()
 
     def create(number: int) -> User:
         made = command(tmp_path, {}, "create-user", f"user.{number}", stdin=PASSWORD)
         return User(0, f"user.{number}", PASSWORD, made.stdout.split()[-1])
 
-    users = in_parallel(5, create)
+    users = in_parallel(4, create)
+    assert len(secret.read_text().strip()) >= 32
     gate = start_process()
     gate.secrets |= {user.key for user in users}
     assert [me(gate, user)["api_key"] for user in users] == [user.key for user in users]
-
-
-def test_no_half_of_a_secret_is_left_or_followed(tmp_path: Path) -> None:
-    """A write that fails leaves no short file behind; a link in its place is refused."""
-    full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
-    command(tmp_path, customized(tmp_path / "full", full), "create-tables", status=1)
-    assert not (tmp_path / "llmgate.secret").exists()
-    (tmp_path / "llmgate.secret").symlink_to(tmp_path / "elsewhere")
-    assert "llmgate.secret" in refusal(tmp_path) and not (tmp_path / "elsewhere").exists()
-    (tmp_path / "llmgate.secret").unlink()
-    command(tmp_path, {}, "create-tables")
-    assert len((tmp_path / "llmgate.secret").read_text().strip()) >= 32
-
-
-def test_hundred_and_first_key_is_refused(gate: Gate) -> None:
-    """A user has at most 100 live keys; a revoked one makes room."""
-    token, name = login(gate, register(gate)), {"name": "one more"}
-    made = [call(gate, "POST", "/users/me/keys", token, json=name) for _ in range(99)]
-    gate.secrets |= {answer.json()["api_key"] for answer in made}
-    assert_error(call(gate, "POST", "/users/me/keys", token, json=name), 400)
-    call(gate, "DELETE", f"/users/me/keys/{made[0].json()['id']}", token)
-    assert call(gate, "POST", "/users/me/keys", token, json=name).status_code == 201
-
-
-def test_wrong_invitation_is_called_wrong(make_gate: MakeGate) -> None:
-    """Who has none is told that one is needed; who has a wrong one, that it is wrong."""
-    gate = make_gate(REGISTRATION="invite", REGISTRATION_TOKEN="invitation-marker-78")
-    body = {"username": "ida", "password": PASSWORD}
-    none = call(gate, "POST", "/auth/register", json=body)
-    assert "registration_token" in assert_error(none, 403, "registration_closed")["message"]
-    wrong = call(gate, "POST", "/auth/register", json=body | {"registration_token": "another"})
-    assert "wrong" in assert_error(wrong, 403)["message"].lower()
-    assert "wrong" not in none.text.lower()
-
-
-def test_failed_login_names_the_address_in_the_log(gate: Gate) -> None:
-    """The operator can see who guesses; a name that is none is not written there."""
-    for name in ("mallory", "no name\n"):
-        try_login(gate, name, "wrong-password")
-    wait_until(lambda: gate.log.read_text().count("/auth/token") == 2)
-    first, second = [s for s in gate.log.read_text().splitlines() if "/auth/token" in s]
-    assert "401" in first and "127.0.0.1" in first and "mallory" in first
-    assert "401" in second and "127.0.0.1" in second and "no name" not in second
-
-
-def test_hosts_match_whatever_their_spelling(make_gate: MakeGate) -> None:
-    """Upper case and IPv6, on both sides; any other name stays refused."""
-    gate = make_gate(ALLOWED_HOSTS="[fd00::1],LLM.example.org,127.0.0.1")
-    key = register(gate).key
-    good = {"llm.example.org", "LLM.Example.org:8000", "[fd00::1]:8000", "[FD00::1]"}
-    for host in (*good, "example.org", "llm.example.org.evil.net", "[fd00::2]"):
-        answer = call(gate, "GET", "/v1/models", key, headers={"Host": host})
-        assert (host, answer.status_code) == (host, 200 if host in good else 400)
 
 
 def test_gate_listens_on_ipv6(make_gate: MakeGate) -> None:
@@ -2252,11 +2218,16 @@ def test_gate_listens_on_ipv6(make_gate: MakeGate) -> None:
     assert f'"http://localhost:{gate.address[1]}/v1"' in config
 
 
-def test_host_that_is_none_makes_no_url(make_gate: MakeGate) -> None:
-    """Where any name is accepted it must still be one; only /health needs none at all."""
+def test_host_that_is_not_the_gates_is_refused(make_gate: MakeGate) -> None:
+    """Names match in any case; where all are accepted it must be one. Only /health needs none."""
+    gate = make_gate(ALLOWED_HOSTS="[fd00::1],LLM.example.org,127.0.0.1")
+    key = register(gate).key
+    good = {"llm.example.org", "LLM.Example.org:8000", "[fd00::1]:8000", "[FD00::1]"}
+    for host in (*good, "example.org", "llm.example.org.evil.net", "[fd00::2]"):
+        answer = call(gate, "GET", "/v1/models", key, headers={"Host": host})
+        assert (host, answer.status_code) == (host, 200 if host in good else 400)
     gate = make_gate(HOST="0.0.0.0", REGISTRATION="open")
-    headers = {"Authorization": f"Bearer {register(gate).key}"}
-    request = raw_request("GET", "/opencode.json", headers)
+    request = raw_request("GET", "/opencode.json", {"Authorization": f"Bearer {key}"})
     for host in ("", "a b", "//", "@", "x/y", "[::1", "a:b:c", 'a"b', "localhost:99999"):
         asked = request.replace(b"Host: localhost", f"Host: {host}".encode())
         assert_error(send_raw(gate, asked), 400)
@@ -2268,41 +2239,27 @@ def test_host_that_is_none_makes_no_url(make_gate: MakeGate) -> None:
 # The relay: what vLLM gets and what the client gets, byte by byte.
 
 
-def test_plain_answer_is_vllms_byte_by_byte(gate: Gate) -> None:
+def test_plain_answer_is_vllms_byte_by_byte(gate: Gate, user: User) -> None:
     """And its one row has vLLM's counts, under the answer's X-Request-Id."""
-    user = register(gate)
-    answer = chat(gate, user.key, max_tokens=7)
-    (asked,) = gate.upstream.asked()
-    assert answer.status_code == 200
-    assert answer.content == asked.answer()
-    assert answer.headers["Content-Type"] == "application/json"
-    assert answer.headers["x-ratelimit-limit-tokens"] == "1000000"
-    assert 0 < int(answer.headers["x-ratelimit-remaining-tokens"]) <= 1000000
-    row = gate.row(answer)
-    assert (row.user_id, row.model, row.endpoint) == (user.id, "ok", "chat/completions")
-    assert (row.stream, row.status, row.estimated) == (0, "ok", 0)
-    assert (row.prompt_tokens, row.completion_tokens) == (10, 7)
-    assert len(gate.usage()) == 1
-
-
-def test_completions_and_embeddings_are_relayed_and_booked(gate: Gate) -> None:
-    """Two prompts each; embeddings have no completion, and a completion of 16 tokens by default."""
-    user = register(gate)
-    body = {"model": "ok", "prompt": [PROMPT, PROMPT], "input": [PROMPT, PROMPT], "max_tokens": 6}
-    for endpoint, completion in (("completions", 12), ("embeddings", 0)):
-        answer = relay(gate, user.key, endpoint, body)
+    counts = {"chat/completions": (10, 7), "completions": (20, 14), "embeddings": (20, 0)}
+    for endpoint, (prompt, completion) in counts.items():
+        answer = relay(gate, user.key, endpoint, body_of(endpoint, most=7))
         assert answer.status_code == 200, answer.text
         assert answer.content == gate.upstream.asked()[-1].answer()
+        assert answer.headers["Content-Type"] == "application/json"
+        assert answer.headers["x-ratelimit-limit-tokens"] == "1000000"
+        assert 0 < int(answer.headers["x-ratelimit-remaining-tokens"]) <= 1000000
         row = gate.row(answer)
-        assert (row.endpoint, row.status, row.estimated) == (endpoint, "ok", 0)
-        assert (row.prompt_tokens, row.completion_tokens) == (20, completion)
+        assert (row.user_id, row.model, row.endpoint) == (user.id, "ok", endpoint)
+        assert (row.stream, row.status, row.estimated) == (0, "ok", 0)
+        assert (row.prompt_tokens, row.completion_tokens) == (prompt, completion)
+    assert len(gate.usage()) == 3
     relay(gate, user.key, "completions", {"model": "ok", "prompt": "Hello"})
     assert gate.upstream.asked()[-1].json()["max_tokens"] == 16  # vLLM's own default there
 
 
-def test_each_event_passes_at_once(gate: Gate) -> None:
+def test_each_event_passes_at_once(gate: Gate, user: User) -> None:
     """Events that vLLM writes 300 ms apart are at the client within 150 ms."""
-    user = register(gate)
     assert best_of_six(lambda: longest_delay(gate, user.key), 0.15) < 0.15
 
 
@@ -2314,9 +2271,8 @@ STREAM_OPTIONS: list[JSONObject | None] = [
 
 
 @pytest.mark.parametrize("model", ["ok", "lumpy"])
-def test_stream_is_what_vllm_would_have_sent(gate: Gate, model: str) -> None:
+def test_stream_is_what_vllm_would_have_sent(gate: Gate, user: User, model: str) -> None:
     """The usage that only the gate asked for is gone, every other byte is there."""
-    user = register(gate)
     for options in STREAM_OPTIONS:
         asked = {} if options is None else {"stream_options": options}
         events = streamed(gate, user.key, model, n=2, **asked)
@@ -2324,11 +2280,10 @@ def test_stream_is_what_vllm_would_have_sent(gate: Gate, model: str) -> None:
         assert exchange.json()["stream_options"]["include_usage"] is True
         assert exchange.json()["stream_options"]["continuous_usage_stats"] is True
         assert b"".join(events) == said_by_vllm(exchange, options)
-        usages = [event for event in events if b'"usage":' in event]
-        if not (options or {}).get("include_usage"):
-            assert usages == []
-        elif not (options or {}).get("continuous_usage_stats"):
-            assert usages == [events[-2]] and data(usages[0])["choices"] == []
+        wanted = options or {}
+        if not wanted.get("continuous_usage_stats"):
+            shown = [event for event in events if b'"usage":' in event]
+            assert shown == events[-2:-1] * wanted.get("include_usage", False)
     gate.settle()
     assert [(row.total, row.estimated) for row in gate.usage(user)] == [(50, 0)] * 6
     body = {"model": model, "prompt": PROMPT, "stream": True, "max_tokens": 5}
@@ -2346,9 +2301,8 @@ STRANGE_WORDS = [
 ]
 
 
-def test_text_that_looks_like_the_protocol_passes_unchanged(gate: Gate) -> None:
+def test_text_that_looks_like_the_protocol_passes_unchanged(gate: Gate, user: User) -> None:
     """Usage is taken out of the stream, not out of what the model says."""
-    user = register(gate)
     for words in STRANGE_WORDS:
         messages = [{"role": "user", "content": words * 3}]
         events = streamed(gate, user.key, "echo", messages=messages)
@@ -2363,79 +2317,104 @@ def test_text_that_looks_like_the_protocol_passes_unchanged(gate: Gate) -> None:
 WHOLE_ANSWER = b'{"id":"c","choices":[],"usage":{"prompt_tokens":10,"completion_tokens":3}}'
 LENGTH = b"Content-Length: %d\r\n\r\n" % len(WHOLE_ANSWER)
 CHUNKED = b"Transfer-Encoding: Chunked\r\n\r\n"
+HALVES = b"4\r\n%s\r\n046;x=1\r\n%s\r\n0\r\n\r\n" % (WHOLE_ANSWER[:4], WHOLE_ANSWER[4:])
 OK_200 = b"HTTP/1.1 200 OK\r\n"
 FRAMINGS = [
     OK_200 + LENGTH + WHOLE_ANSWER,
     b"HTTP/1.1 100 Continue\r\n\r\n" + OK_200 + LENGTH + WHOLE_ANSWER,
     OK_200 + b"Connection: Close\r\n" + LENGTH + WHOLE_ANSWER,
     b"HTTP/1.0 200 OK\r\n\r\n" + WHOLE_ANSWER,
-    OK_200
-    + CHUNKED
-    + b"4\r\n%s\r\n046;x=1\r\n%s\r\n0\r\n\r\n" % (WHOLE_ANSWER[:4], WHOLE_ANSWER[4:]),
+    OK_200 + CHUNKED + HALVES,
 ]
 BROKEN_FRAMINGS = [
     OK_200 + b"no end: of headers",
     OK_200 + b"Content-Length: five\r\n\r\n" + WHOLE_ANSWER,
+    OK_200 + b"Content-Length: 5\n 6\r\n\r\nhello",
+    OK_200 + b"Content-Length: -5\r\n\r\nhello",
+    OK_200 + b"Content-Length: 5\r\nContent-Length: 9\r\n\r\nhello",
+    (OK_200 + b"Content-Length: 5\r\n\r\nhello") * 2,
+    b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nhello",
     OK_200 + CHUNKED + b"4a\r\n" + WHOLE_ANSWER + b"\r\n" + b"1" * 200,
+    OK_200 + CHUNKED + b"9" * 30 + b"\r\nhello",
+    OK_200 + CHUNKED + b"-5\r\nhello",
 ]
 
 
 def test_answer_is_read_however_it_arrives(make_gate: MakeGate) -> None:
-    """By its length, in chunks, to the end; what breaks off is never taken for whole."""
-    turns = [*itertools.product(FRAMINGS + BROKEN_FRAMINGS, (1, 7, 10**6))]
-    left = iter(turns)
+    """What breaks off or is no HTTP is 502 at once, for its own caller and not for the next."""
 
     def say(upstream: ScriptedHandler, body: JSONObject) -> None:
-        answer, size = next(left)
+        if "seed" not in body:
+            upstream.say_whole()
+            return
+        answer, size = (FRAMINGS + BROKEN_FRAMINGS)[body["seed"]], body["top_k"]
         upstream.exchange.tokens = 13 * (answer in FRAMINGS)
         for at in range(0, len(answer), size):
             upstream.wfile.write(answer[at : at + size])
-        upstream.close_connection = True
+        upstream.close_connection = b"Content-Length" not in answer
 
     with scripted_gate(make_gate, say) as gate:
         gate.expected_5xx = {502}
         user = register(gate)
-        for sent, _ in turns:
-            answer = chat(gate, user.key)
-            if sent in FRAMINGS:
-                assert (answer.status_code, answer.content) == (200, WHOLE_ANSWER), sent
-            else:
+        whole, broken = range(len(FRAMINGS)), range(len(FRAMINGS), len(FRAMINGS + BROKEN_FRAMINGS))
+        for number, size in itertools.product(whole, (1, 7, 10**6)):
+            answer = chat(gate, user.key, seed=number, top_k=size)
+            assert (answer.status_code, answer.content) == (200, WHOLE_ANSWER), FRAMINGS[number]
+        for number, size, stream in itertools.product(broken, (1, 10**6), (False, True)):
+            began = time.monotonic()
+            with chat(gate, user.key, stream=stream, seed=number, top_k=size) as answer:
                 assert_error(answer, 502, "upstream_error")
+            assert time.monotonic() - began < 2
+            assert ANSWER in chat(gate, user.key).text
 
 
-def test_vllms_own_4xx_passes(gate: Gate) -> None:
-    """Its text about the context makes OpenCode compact; a 429 never does, whatever its words.
+VLLMS_REFUSALS = {  # seed: status and words
+    1: (400, CONTEXT_ERROR),
+    2: (429, "Too many requests; the queue is full."),
+    3: (429, "Token limit exceeded: too many tokens, it exceeds the limit of 9"),
+    4: (503, "The queue is full."),
+}
 
-    Nothing is charged.
-    """
-    user = register(gate)
-    statuses = {"e400": 400, "busy": 429, "wordy": 429}
-    for (model, status), stream in itertools.product(statuses.items(), (False, True)):
-        with chat(gate, user.key, model, stream=stream) as answer:
-            assert answer.status_code == status
-            assert answer.json()["error"]["message"]
-            assert model == "wordy" or answer.content == gate.upstream.asked()[-1].answer()
-            assert model == "e400" or not re.search(MISREAD_BY_OPENCODE, answer.text)
-    gate.settle()
-    assert [(row.status, row.total) for row in gate.usage(user)] == [("error", 0)] * 6
+
+def test_vllms_own_refusals_keep_status_and_retry_after(make_gate: MakeGate) -> None:
+    """OpenCode finds a full context in a 400, never in a 429, whatever its words. All are free."""
+
+    def say(upstream: ScriptedHandler, body: JSONObject) -> None:
+        status, words = VLLMS_REFUSALS[body["seed"]]
+        error = {"message": words, "type": "x", "param": None, "code": status}
+        wait = f"retry-after: {status - 390}\r\n"
+        upstream.reply(status, dump({"error": error}), "application/json", wait)
+
+    with scripted_gate(make_gate, say) as gate:
+        gate.expected_5xx = {503}
+        user = register(gate)
+        cases = itertools.product(ENDPOINTS, VLLMS_REFUSALS.items(), (False, True))
+        for endpoint, (seed, (status, _)), stream in cases:
+            body = body_of(endpoint, seed=seed, stream=stream)
+            with relay(gate, user.key, endpoint, body) as answer:
+                assert answer.status_code == status and answer.json()["error"]["message"]
+            assert seed > 2 or answer.content == gate.upstream.asked()[-1].answer()
+            if status != 400:
+                assert answer.headers["Retry-After"] == str(status - 390)
+                assert not re.search(MISREAD_BY_OPENCODE, answer.text)
+            if status == 503:
+                refused(endpoint, answer, 503, "upstream_busy")
+    assert {(row.status, row.total) for row in gate.usage(user)} == {("error", 0)}
 
 
 FAULTS = {"e401": 0, "e500": 0, "redir": 0, "nohttp": 0, "nobody": 0, "garbage": 1, "badjson": 1}
 
 
-def test_faults_of_vllm_are_502(gate: Gate) -> None:
-    """The gate's key is wrong, the engine is dead, or what came is no answer.
-
-    Free, unless vLLM began an answer: then it has worked for it, and the row is an estimate. A
-    redirect is not followed: the second server gets neither the prompt nor the gate's key.
-    """
+def test_faults_of_vllm_are_502(gate: Gate, user: User) -> None:
+    """Free, or an estimate if vLLM began an answer. No redirect is followed with the gate's key."""
     gate.expected_5xx = {502}
-    user = register(gate)
     with Upstream() as second:
         gate.upstream.redirect_to = second.url
-        for (model, estimated), stream in itertools.product(FAULTS.items(), (False, True)):
-            with chat(gate, user.key, model, stream=stream) as answer:
-                assert_error(answer, 502, "upstream_error")
+        cases = itertools.product(ENDPOINTS, FAULTS.items(), (False, True))
+        for endpoint, (model, estimated), stream in cases:
+            body = body_of(endpoint, model, stream=stream)
+            with relay(gate, user.key, endpoint, body) as answer:
+                refused(endpoint, answer, 502, "upstream_error")
                 assert "Location" not in answer.headers
             row = gate.row(answer)
             assert (model, row.status, row.estimated) == (model, "error", estimated)
@@ -2444,22 +2423,26 @@ def test_faults_of_vllm_are_502(gate: Gate) -> None:
 
 
 def test_gate_goes_on_when_vllm_comes(make_gate: MakeGate) -> None:
-    """502 while nobody listens, also near the limit; 200 afterwards without a restart."""
+    """502 while nobody listens, also near the limit. An idle connection may end: no 502 then."""
     with Upstream() as later:
         port = later.server_address[1]
     gate = make_gate(VLLM_ENDPOINT=f"http://127.0.0.1:{port}")
     gate.expected_5xx = {502}
     user, poor = register(gate), register(gate, token_limit=200)
     began = time.monotonic()
-    for key in (user.key, poor.key):
-        assert_error(chat(gate, key), 502, "upstream_unavailable")
+    for key, endpoint in itertools.product((user.key, poor.key), ENDPOINTS):
+        answer = relay(gate, key, endpoint, body_of(endpoint))
+        assert "vLLM" in refused(endpoint, answer, 502, "upstream_unavailable")
     assert_error(call(gate, "GET", "/v1/models", user.key), 502, "upstream_unavailable")
     assert time.monotonic() - began < 3
     gate.settle()
-    with Upstream(port) as later:
+    with Upstream(port, idle_s=0.2) as later:
         gate.upstream = later
-        wait_until(lambda: chat(gate, user.key).status_code == 200)
-        assert call(gate, "GET", "/v1/models", user.key).status_code == 200
+        wait_until(lambda: call(gate, "GET", "/v1/models", user.key).status_code == 200)
+        for _ in range(3):
+            assert chat(gate, user.key).status_code == 200
+            wait_until(lambda: not later.connections)
+        assert len(later.asked()) == 3  # and none ran twice
         gate.settle()
     assert_error(chat(gate, poor.key), 502, "upstream_unavailable")  # who would count the prompt?
 
@@ -2468,20 +2451,19 @@ def test_server_killed_under_load_fails_its_own_requests_only(
     make_gate: MakeGate, upstream: Upstream
 ) -> None:
     """Two servers beside one that is down; the killed one takes its models away, and returns."""
-    with Upstream() as gone:
-        dead = gone.url
+    dead = "http://127.0.0.1:1"
     with Upstream() as killed, Upstream() as other, ThreadPoolExecutor(8) as pool:
         killed.serves, other.serves = frozenset({"slow"}), frozenset({"paced"})
         gate = make_gate(VLLM_ENDPOINT=f"{dead}, {killed.url}/v1,{other.url}/")
         user = register(gate)
         broken = [pool.submit(streamed, gate, user.key, "slow", max_tokens=200) for _ in range(4)]
-        whole = [pool.submit(streamed, gate, user.key, "paced", max_tokens=50) for _ in range(4)]
+        whole = [pool.submit(streamed, gate, user.key, "paced", max_tokens=25) for _ in range(4)]
         wait_until(lambda: killed.running() >= 4 and other.running() >= 4)
         killed.__exit__()
         for future in broken:
             assert data(future.result()[-1])["error"]["code"] == "upstream_error"
         for future in whole:
-            assert future.result()[-1] == b"data: [DONE]\n\n"
+            assert future.result()[-1] == DONE + b"\n\n"
         gate.expected_5xx = {502}
         assert_error(chat(gate, user.key, "slow"), 502, "upstream_unavailable")
         listed = call(gate, "GET", "/v1/models", user.key).json()["data"]
@@ -2496,106 +2478,132 @@ def test_server_killed_under_load_fails_its_own_requests_only(
     assert statuses[("paced", "ok")] == 4
 
 
-def test_kept_connection_that_vllm_closed_costs_nothing(make_gate: MakeGate) -> None:
-    """vLLM closes idle connections; that is no 502, and no request runs twice."""
-    with Upstream(idle_s=0.2) as hasty:
-        gate = make_gate(VLLM_ENDPOINT=hasty.url + "/v1/")
-        gate.upstream = hasty
+def test_first_server_in_the_list_gives_the_alias_its_model(
+    make_gate: MakeGate, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In list, chat and opencode.json, which works on through the alias with another model."""
+    monkeypatch.setattr(llmgate, "MODELS_TTL_S", 0.2)  # not to wait for 10 s
+    with Upstream() as first, Upstream() as second:
+        first.serves, second.serves = frozenset({"long"}), frozenset({"ok", "long"})
+        gate, name = make_gate(VLLM_ENDPOINT=f"{first.url},{second.url}"), "llm-user-managed"
+        gate.expected_5xx = {502}
         user = register(gate)
-        for _ in range(3):
-            assert chat(gate, user.key).status_code == 200
-            wait_until(lambda: not hasty.connections)
-        assert len(hasty.asked()) == 3
-        gate.settle()
+        config = call(gate, "GET", "/opencode.json", user.key).json()
+        provider, _, model = config["model"].partition("/")
+        asked_for = config["provider"][provider]["models"][model].get("id", model)
+
+        def contexts() -> set[int]:
+            listed = call(gate, "GET", f"/v1/models/{name}", user.key).json()["max_model_len"]
+            (provider,) = call(gate, "GET", "/opencode.json", user.key).json()["provider"].values()
+            model = gate.row(chat(gate, user.key, name, max_tokens=1)).model
+            limit = provider["models"][name]["limit"]["context"]
+            return {listed, limit, BEHAVIOURS[model].max_model_len}
+
+        assert contexts() == {131072}
+        listed = call(gate, "GET", "/v1/models", user.key).json()["data"]
+        assert sorted(model["id"] for model in listed) == [name, "long", "ok"]
+        second.__exit__()
+        assert contexts() == {131072}
+        with Upstream(second.server_address[1]) as again:
+            again.serves = frozenset({"ok"})
+            assert contexts() == {131072}
+            first.__exit__()
+            wait_until(lambda: contexts() == {MAX_MODEL_LEN}, 5)
+        with Upstream(first.server_address[1]) as other:
+            other.serves = frozenset({"new/model"})
+            wait_until(lambda: chat(gate, user.key, asked_for).status_code == 200)
+        for server in (first, second, again, other):
+            upstream.exchanges += server.exchanges
+    assert "new/model" in {row.model for row in gate.usage(user) if row.status == "ok"}
 
 
-def test_only_what_vllm_needs_reaches_it(gate: Gate) -> None:
-    """The caller's credentials and traces stay at the gate, which adds its own key.
+EXTRA = (  # fields that nobody knows yet, and whole numbers of any length
+    '"chat_template_kwargs": {"enable_thinking": false}, "top_k": 40, "temperature": 0.10, '
+    '"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1e3}}}], '
+    '"response_format": {"type": "json_object"}, "seed": 12345678901234567890123, '
+    '"metadata": {"user_id": "u"}, "context_management": {"edits": []}, "stop": null, '
+    '"unknown": {"deep": [null, true, "\\u00e4\\ud83d\\ude00", -0.0, 1.0]}}'
+)
 
-    vLLM's cookies come back neither to it nor to a caller.
-    """
-    user = register(gate)
+
+def test_vllm_gets_what_was_sent_but_nothing_of_its_sender(gate: Gate, user: User) -> None:
+    """Nor does a caller get vLLM's cookies. Responses are not stored, and the gate names them."""
     headers = {"Cookie": "session=cookie-marker", "X-Request-Id": "chosen-by-the-caller"}
     headers |= {"X-Forwarded-For": "203.0.113.9", "Forwarded": "for=203.0.113.9"}
     headers |= {"Accept-Encoding": "gzip, br", "TE": "trailers", "Priority": "u=0"}
-    for _ in range(2):
-        body = chat_body("cookie")
-        answer = call(gate, "POST", "/v1/chat/completions", user.key, json=body, headers=headers)
+    headers |= {"X-Vllm-Priority": "-9", "X-data-parallel-rank": "1", "x-api-key": user.key}
+    headers |= {"Content-Type": "application/json"}
+    for endpoint, bearer in itertools.product(ENDPOINTS, (user.key, "")):
+        body = json.dumps(body_of(endpoint, "cookie"))[:-1] + ", " + EXTRA
+        answer = call(gate, "POST", f"/v1/{endpoint}", bearer, data=body, headers=headers)
+        assert answer.status_code == 200, answer.text
         assert answer.headers["X-Request-Id"] != "chosen-by-the-caller"
         assert "Set-Cookie" not in answer.headers
-        got = gate.upstream.asked()[-1].headers
-        assert got["Authorization"] == f"Bearer {UPSTREAM_KEY}"
-        assert got["Accept-Encoding"] == "identity"
-        assert got["Content-Type"] == "application/json"
-        assert got["Priority"] is None and got["Cookie"] is None
+        exchange = gate.upstream.asked()[-1]
+        assert exchange.headers["Authorization"] == f"Bearer {UPSTREAM_KEY}"
+        assert exchange.headers["Accept-Encoding"] == "identity"
+        assert exchange.headers["Content-Type"] == "application/json"
+        assert exchange.headers["X-Vllm-Priority"] == "0"
+        kept_back = {"priority", "cookie", "x-api-key", "x-data-parallel-rank"}
+        assert not kept_back & {name.lower() for name in exchange.headers}
         for trace in (user.key, "cookie-marker", "chosen-by", "203.0.113.9", "trailers"):
-            assert trace not in str(got)
+            assert trace not in str(exchange.headers)
+        got = exchange.json()
+        if endpoint == "responses":
+            assert got.pop("store") is False
+            assert answer.headers["X-Request-Id"] in got.pop("request_id")
+        assert list(got.items()) == list(json.loads(body).items())
 
 
-def test_every_other_field_reaches_vllm_unchanged(gate: Gate) -> None:
-    """Also the fields that nobody knows yet, and whole numbers of any length."""
-    user = register(gate)
-    extra = (
-        '"chat_template_kwargs": {"enable_thinking": false}, "top_k": 40, "temperature": 0.10, '
-        '"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1e3}}}], '
-        '"response_format": {"type": "json_object"}, "seed": 12345678901234567890123, '
-        '"unknown": {"deep": [null, true, "\\u00e4\\ud83d\\ude00", -0.0, 1.0]}, "max_tokens": 5'
-    )
-    body = json.dumps(chat_body())[:-1] + ", " + extra + "}"
-    answer = post_text(gate, "/v1/chat/completions", user.key, body)
-    assert answer.status_code == 200, answer.text
-    sent = gate.upstream.asked()[0].json()
-    assert sent == json.loads(body)
-    assert list(sent) == list(json.loads(body))
+HARMFUL = ["kv_transfer_params", "ec_transfer_params", "vllm_xargs"]  # in every protocol
+STORED = ["previous_response_id", "previous_input_messages", "request_id"]  # without an owner
+REFUSED_FIELDS = {  # whatever their value, but for null
+    "chat/completions": [*HARMFUL, "priority", "request_id", "stream_interval", "use_beam_search"],
+    "messages": HARMFUL,
+    "responses": HARMFUL + STORED,
+}
+ANY_VALUE = ["0", "1", '""', '"mine"', "{}", '{"a": 1}', "true"]
+BAD_FIELDS = {  # as they stand in the body
+    "model": ["null", "5", '""'],
+    "stream": ['"true"', "1"],
+    "stream_options": ['"all"', "[]"],
+    "n": ["100000", "17", "0", "-1", "1.5", '"5"', "true"],
+    "max_tokens": ["-1", "1.5", '"abc"', "true", "[]", "NaN", "1e999"],
+    "max_completion_tokens": ["-1", "1.5", '"5"', "true", "{}"],
+    "best_of": ["2"],
+}
 
 
-REFUSED_FIELDS: JSONObject = {"priority": 1, "request_id": "mine", "stream_interval": 100}
-REFUSED_FIELDS |= {"kv_transfer_params": {"do_remote_prefill": True}, "vllm_xargs": {"a": 1}}
-REFUSED_FIELDS |= {"use_beam_search": True, "best_of": 2}
-BAD_FIELDS: list[tuple[str, str]] = [  # as they stand in the body
-    *[("model", value) for value in ("null", "5", '""')],
-    *[("stream", value) for value in ('"true"', "1")],
-    *[("stream_options", value) for value in ('"all"', "[]")],
-    *[("n", value) for value in ("100000", "17", "0", "-1", "1.5", '"5"', "true")],
-    *[("max_tokens", value) for value in ("-1", "1.5", '"abc"', "true", "[]", "NaN", "1e999")],
-    *[("max_completion_tokens", value) for value in ("-1", "1.5", '"5"', "true", "{}")],
-]
-
-
-def test_field_that_harms_others_or_has_a_wrong_type_is_refused(gate: Gate) -> None:
-    """By its name, before vLLM, without a row. The fields that the gate reads are strict."""
-    user = register(gate)
-    bad = [(name, json.dumps(value)) for name, value in REFUSED_FIELDS.items()] + BAD_FIELDS
-    for name, value in bad:
-        body = json.dumps(chat_body(stream=True) | {name: "here"}).replace('"here"', value)
-        error = assert_error(post_text(gate, "/v1/chat/completions", user.key, body), 400)
-        assert error["param"] == name or error["code"] == "invalid_json", (name, value)
+def test_field_that_harms_others_or_has_a_wrong_type_is_refused(gate: Gate, user: User) -> None:
+    """By its name, before vLLM, without a row. What cannot harm passes: null, `best_of: 1`."""
+    cases = [("responses", name, ["true"]) for name in ("store", "background")]
+    cases += [("chat/completions", name, values) for name, values in BAD_FIELDS.items()]
+    cases += [(end, name, ANY_VALUE) for end, names in REFUSED_FIELDS.items() for name in names]
+    for endpoint, name, values in cases:
+        for value in values:
+            body = json.dumps(body_of(endpoint, stream=True) | {name: "?"}).replace('"?"', value)
+            answer = post_text(gate, f"/v1/{endpoint}", user.key, body)
+            assert name in refused(endpoint, answer, 400), value
+            assert answer.json()["error"].get("param", name) == name, value
     assert gate.usage() == []
     body = json.dumps(chat_body(temperature=7)).replace("7", "1e999")  # no number for JSON
-    answer = post_text(gate, "/v1/chat/completions", user.key, body)
-    assert_error(answer, 400, "invalid_json")
+    assert_error(post_text(gate, "/v1/chat/completions", user.key, body), 400, "invalid_json")
     assert gate.upstream.asked() == [] and gate.tokens_used(user) == 0
+    harmless = {"best_of": 1, "store": False, "background": False}
+    for endpoint, names in REFUSED_FIELDS.items():
+        asked = body_of(endpoint) | harmless | dict.fromkeys(names)
+        assert relay(gate, user.key, endpoint, asked).status_code == 200, endpoint
 
 
-def test_alias_becomes_the_models_name(make_gate: MakeGate) -> None:
-    """The row has the real name; an alias without a model means the first one vLLM serves."""
+def test_models_are_listed_with_aliases_and_without_paths(make_gate: MakeGate) -> None:
+    """Less vLLM's `root`, a path on its disk; an alias without a model means vLLM's first."""
     gate = make_gate(MODEL_ALIASES="llm-user-managed=,tiny=org/tiny")
-    user = register(gate)
-    for alias, model in (("llm-user-managed", "ok"), ("tiny", "org/tiny")):
-        answer = chat(gate, user.key, alias)
-        assert answer.status_code == 200, answer.text
-        assert gate.upstream.asked()[-1].json()["model"] == model
-        assert gate.row(answer).model == model
-
-
-def test_models_are_listed_with_aliases_and_without_paths(gate: Gate) -> None:
-    """vLLM's list, less `root`, which is a path on its disk."""
     user = register(gate)
     listed = call(gate, "GET", "/v1/models", user.key)
     assert listed.status_code == 200
     assert "/models/" not in listed.text
     models = {model["id"]: model for model in listed.json()["data"]}
-    assert set(models) == {*BEHAVIOURS, "llm-user-managed"}
+    assert set(models) == {*BEHAVIOURS, "llm-user-managed", "tiny"}
     assert listed.json()["object"] == "list"
     for model in models.values():
         assert set(model) == {"id", "object", "created", "owned_by", "max_model_len"}
@@ -2604,57 +2612,57 @@ def test_models_are_listed_with_aliases_and_without_paths(gate: Gate) -> None:
     for name in ("ok", "org/tiny", "llm-user-managed"):
         one = call(gate, "GET", f"/v1/models/{name}", user.key)
         assert one.json() == models[name]
-    assert_error(call(gate, "GET", "/v1/models"), 401, "missing_api_key")
     assert_error(call(gate, "GET", "/v1/models/gpt-4", user.key), 404, "model_not_found")
-    assert_error(chat(gate, user.key, "gpt-4"), 404, "model_not_found")
+    for endpoint in ENDPOINTS:
+        answer = relay(gate, user.key, endpoint, body_of(endpoint, "gpt-4"))
+        assert "gpt-4" in refused(endpoint, answer, 404, "model_not_found")
     assert gate.upstream.asked() == []  # which would say what models it has
+    for alias, name in (("llm-user-managed", "ok"), ("tiny", "org/tiny")):
+        answer = chat(gate, user.key, alias)
+        assert answer.status_code == 200, answer.text
+        assert gate.upstream.asked()[-1].json()["model"] == gate.row(answer).model == name
 
 
 UNKNOWN_PATHS = [
     "POST /invocations", "GET /metrics", "POST /tokenize", "POST /pause", "GET /no-such-page",
     "POST /v1/load_lora_adapter", "POST /v1/chat/completions/batch", "POST /v1/../tokenize",
     "POST /v1/%2e%2e/tokenize", "POST /v1/..%2ftokenize", "GET /v1//models", "GET /V1/models",
-    "GET /v1/models/../../metrics", "POST /v1/chat/completions/",
+    "GET /v1/models/../../metrics", "POST /v1/chat/completions/", "GET /v1/responses/x",
+    "DELETE /v1/responses/x", "POST /v1/responses/x/cancel", "POST /v1/responses/render",
+    "POST /v1/messages/render", "GET /v1/messages/batches", "POST /v1/messages/batches",
 ]  # fmt: skip
-WRONG_METHODS = {
-    "GET /v1/chat/completions": "POST",
-    "DELETE /v1/models": "GET",
-    "PUT /auth/register": "POST",
-    "POST /users/me": "GET",
-    "TRACE /v1/models": "GET",
-}
+WRONG_METHODS = [  # and the right one
+    "GET /v1/chat/completions POST", "GET /v1/messages POST", "DELETE /v1/models GET",
+    "PUT /auth/register POST", "POST /users/me GET", "TRACE /v1/models GET",
+]  # fmt: skip
 
 
-def test_nothing_else_of_vllm_is_reachable(gate: Gate) -> None:
+def test_nothing_else_of_vllm_is_reachable(gate: Gate, user: User) -> None:
     """404 and no redirect; a wrong method is 405, and the answer says which one is right."""
-    user = register(gate)
     headers = {"Authorization": f"Bearer {user.key}", "Content-Type": "application/json"}
     for asked in UNKNOWN_PATHS:
         method, path = asked.split()
         body = b"{}" if method == "POST" else b""
         reply = send_raw(gate, raw_request(method, path, headers, body))
-        assert_error(reply, 404)
+        refused(path.removeprefix("/v1/"), reply, 404)
         assert "Location" not in reply.headers, path
-    for asked, allowed in WRONG_METHODS.items():
-        method, path = asked.split()
+    for asked in WRONG_METHODS:
+        method, path, allowed = asked.split()
         answer = call(gate, method, path, user.key)
-        assert_error(answer, 405)
+        refused(path.removeprefix("/v1/"), answer, 405)
         assert allowed in answer.headers["Allow"], asked
-    assert not any(x.path not in ("/v1/models", "/health") for x in gate.upstream.exchanges)
+    assert {x.path for x in gate.upstream.exchanges} <= {"/v1/models", "/health"}
 
 
-def test_any_http_client_is_served(gate: Gate) -> None:
+def test_any_http_client_is_served(gate: Gate, user: User) -> None:
     """One that keeps its connection, one that sends in chunks, one that knows HTTP/1.0 only."""
-    user = register(gate)
     with connected(gate) as connection:
         for stream in (False, False, True):
             connection.sendall(raw_chat(user.key, chat_body(stream=stream)))
             assert read_reply(connection).status_code == 200
     body = json.dumps(chat_body()).encode()
-    in_chunks = iter([body[:20], body[20:]])
-    headers = {"Content-Type": "application/json"}
-    path = "/v1/chat/completions"
-    answer = call(gate, "POST", path, user.key, data=in_chunks, headers=headers)
+    in_chunks = cast(bytes, iter([body[:20], body[20:]]))
+    answer = post_text(gate, "/v1/chat/completions", user.key, in_chunks)
     assert answer.status_code == 200, answer.text
     request = raw_chat(user.key, chat_body(stream=True)).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
     reply = send_raw(gate, request)  # which reads until the end of the connection
@@ -2720,15 +2728,13 @@ def passed_on(event: bytes, asked: bool) -> JSONObject | None:
     return body if body["choices"] or asked else None
 
 
-@pytest.mark.parametrize("asked", [False, True], ids=["not asked", "asked"])
-def test_usage_is_found_wherever_it_stands(make_gate: MakeGate, asked: bool) -> None:
+def test_usage_is_found_wherever_it_stands(make_gate: MakeGate) -> None:
     """Read for the row, shown to who asked; what a tool says of it stays, and [DONE] is the end."""
-    streams = iter(STREAMS.values())
-    options: JSONObject = {"stream_options": {"include_usage": True}} if asked else {}
+    streams = iter([*STREAMS.values()] * 2)
     with scripted_gate(make_gate, lambda up, _: up.say_events(TEXT, *next(streams))) as gate:
         user = register(gate)
-        for name, stream in STREAMS.items():
-            seen = streamed(gate, user.key, "ok", **options)
+        for asked, (name, stream) in itertools.product((False, True), STREAMS.items()):
+            seen = streamed(gate, user.key, stream_options={"include_usage": asked})
             assert (seen[0], seen[-1]) == (TEXT + b"\n\n", DONE + b"\n\n"), name
             said = stream[: stream.index(DONE)] if DONE in stream else stream
             expected = [passed_on(event, asked) for event in said]
@@ -2736,176 +2742,18 @@ def test_usage_is_found_wherever_it_stands(make_gate: MakeGate, asked: bool) -> 
     assert {(row.total, row.estimated, row.status) for row in gate.usage()} == {(13, 0, "ok")}
 
 
-def test_first_server_in_the_list_gives_the_alias_its_model(
-    make_gate: MakeGate, upstream: Upstream
-) -> None:
-    """In the list, in a chat and in opencode.json, whether the second server is there or not."""
-    with Upstream() as first, Upstream() as second:
-        first.serves, second.serves = frozenset({"long"}), frozenset({"ok", "long"})
-        gate, name = make_gate(VLLM_ENDPOINT=f"{first.url},{second.url}"), "llm-user-managed"
-        key = register(gate).key
-
-        def contexts() -> set[int]:
-            listed = call(gate, "GET", f"/v1/models/{name}", key).json()["max_model_len"]
-            (provider,) = call(gate, "GET", "/opencode.json", key).json()["provider"].values()
-            model = gate.row(chat(gate, key, name, max_tokens=1)).model
-            limit = provider["models"][name]["limit"]["context"]
-            return {listed, limit, BEHAVIOURS[model].max_model_len}
-
-        assert contexts() == {131072}
-        listed = call(gate, "GET", "/v1/models", key).json()["data"]
-        assert sorted(model["id"] for model in listed) == [name, "long", "ok"]
-        second.__exit__()
-        assert contexts() == {131072}
-        with Upstream(second.server_address[1]) as again:
-            again.serves = frozenset({"ok"})
-            assert contexts() == {131072}
-            first.__exit__()
-            gate.expected_5xx = {502}
-            wait_until(lambda: contexts() == {MAX_MODEL_LEN}, 5)
-        upstream.exchanges += first.exchanges + second.exchanges + again.exchanges
-
-
-def test_opencode_json_outlives_a_change_of_the_model(
-    make_gate: MakeGate, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It speaks of the alias alone, so that a file made last week still works."""
-    with Upstream() as before:
-        monkeypatch.setattr(llmgate, "MODELS_TTL_S", 0.2)  # not to wait for 10 s
-        before.serves = frozenset({"old/model"})
-        gate = make_gate(VLLM_ENDPOINT=before.url)
-        user = register(gate)
-        config = call(gate, "GET", "/opencode.json", user.key).json()
-    provider, _, model = config["model"].partition("/")
-    asked_for = config["provider"][provider]["models"][model].get("id", model)
-    gate.expected_5xx = {502}
-    with Upstream(before.server_address[1]) as after:
-        after.serves = frozenset({"new/model"})
-        wait_until(lambda: chat(gate, user.key, asked_for).status_code == 200)
-        upstream.exchanges += after.exchanges
-    assert [row.model for row in gate.usage(user) if row.status == "ok"] == ["new/model"]
-
-
-def test_vllms_busy_answers_keep_status_and_retry_after(make_gate: MakeGate) -> None:
-    """A client that waits as long as vLLM asks need not fail."""
-
-    def say(upstream: ScriptedHandler, body: JSONObject) -> None:
-        said = dump({"error": {"message": "queue full", "type": "x", "param": None, "code": 1}})
-        wait = f"retry-after: {body['seed'] - 420}\r\n"
-        upstream.reply(body["seed"], said, "application/json", wait)
-
-    with scripted_gate(make_gate, say) as gate:
-        gate.expected_5xx = {503}
-        user = register(gate)
-        for status, stream in itertools.product((429, 503), (False, True)):
-            with chat(gate, user.key, stream=stream, seed=status) as answer:
-                code = answer.json()["error"]["code"]
-            assert (answer.status_code, code == "upstream_busy") == (status, status == 503)
-            assert answer.headers["Retry-After"] == str(status - 420)
-    assert gate.tokens_used(user) == 0
-
-
-def test_headers_of_a_stream_come_before_its_first_event(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They leave when vLLM's have come; the caller need not wait for a long prefill."""
-    monkeypatch.setattr(gate.upstream, "prefill_s", 0.6)
-    key, began = register(gate).key, time.monotonic()
-    with chat(gate, key, stream=True) as answer:
-        assert answer.status_code == 200 and time.monotonic() - began < 0.4
-        assert list(stream_events(answer))[-1] == DONE + b"\n\n"
-
-
-OK_HEAD = b"HTTP/1.1 200 OK\r\n"
-BROKEN_ANSWERS = [
-    OK_HEAD + b"content-length: 5\n 6\r\n\r\nhello",
-    OK_HEAD + b"content-length: -5\r\n\r\nhello",
-    OK_HEAD + b"content-length: 5\r\ncontent-length: 9\r\n\r\nhello",
-    OK_HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"9" * 30 + b"\r\nhello",
-    OK_HEAD + b"transfer-encoding: chunked\r\n\r\n-5\r\nhello",
-    b"HTTP/1.1 204 No Content\r\ncontent-length: 5\r\n\r\nhello",
-    (OK_HEAD + b"content-length: 5\r\n\r\nhello") * 2,
-]
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-def test_answer_that_is_no_http_harms_its_own_caller_only(
-    make_gate: MakeGate, stream: bool
-) -> None:
-    """502 at once; the next caller, on a connection that was kept, gets his own answer."""
-
-    def say(upstream: ScriptedHandler, body: JSONObject) -> None:
-        if "seed" in body:
-            upstream.wfile.write(BROKEN_ANSWERS[body["seed"]])
-            upstream.close_connection = b"chunked" in BROKEN_ANSWERS[body["seed"]]
-        else:
-            upstream.say_whole()
-
-    with scripted_gate(make_gate, say) as gate:
-        gate.expected_5xx = {502}
-        user = register(gate)
-        for number in range(len(BROKEN_ANSWERS)):
-            began = time.monotonic()
-            with chat(gate, user.key, stream=stream, seed=number) as answer:
-                assert_error(answer, 502, "upstream_error")
-            assert time.monotonic() - began < 2
-            assert ANSWER in chat(gate, user.key).text
-        change(gate, "UPDATE usage SET estimated = 1 WHERE status = 'error'")
-
-
-def test_refused_fields_are_refused_whatever_their_value(gate: Gate) -> None:
-    """0, "" and {} too; what cannot harm passes: null, and `best_of: 1`."""
-    user = register(gate)
-    harmful = [*REFUSED_FIELDS.keys() - {"best_of", "n"}, "ec_transfer_params"]
-    for name, value in itertools.product(harmful, (0, "", {})):
-        assert_error(chat(gate, user.key, "ok", **{name: value}), 400, param=name)
-    assert gate.upstream.asked() == []
-    nothing: JSONObject = dict.fromkeys(harmful)
-    assert chat(gate, user.key, "ok", best_of=1, **nothing).status_code == 200
-
-
-def test_bodies_in_other_clothes(gate: Gate) -> None:
-    """gzip is refused, for nobody would have counted it; a byte order mark is read over."""
-    user, path, body = register(gate), "/v1/chat/completions", json.dumps(chat_body()).encode()
-    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    packed = gzip.compress(body)
-    assert_error(call(gate, "POST", path, user.key, data=packed, headers=headers), 415)
-    assert post_text(gate, path, user.key, b"\xef\xbb\xbf" + body).status_code == 200
-    assert [x.json() for x in gate.upstream.asked()] == [chat_body()]
-
-
 def test_vllm_is_told_how_many_requests_the_user_has(gate: Gate) -> None:
-    """So that it can serve first who has the fewest; the caller's own word does not count."""
+    """So that it can serve first who has the fewest."""
     user, other = register(gate), register(gate)
-    own = {"X-Vllm-Priority": "-9", "X-data-parallel-rank": "1"}
-    path = "/v1/chat/completions"
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(chat(gate, user.key, "silent", stream=True))
         for key in (user.key, other.key):
-            call(gate, "POST", path, key, json=chat_body(), headers=own)
+            chat(gate, key)
     wait_until(lambda: gate.reserved() == 0)
     chat(gate, user.key)
-    asked = [x.headers for x in gate.upstream.asked()]
-    assert [headers["X-Vllm-Priority"] for headers in asked] == ["0", "1", "2", "3", "0", "0"]
-    assert not any(headers["X-data-parallel-rank"] for headers in asked)
-
-
-def test_configurations_use_the_public_url(make_gate: MakeGate) -> None:
-    """PUBLIC_URL, with a path, whatever the request says of the host."""
-    gate, public = make_gate(PUBLIC_URL="https://example.org/llm/"), "https://example.org/llm"
-    key = register(gate).key
-    shown = call(gate, "GET", "/.well-known/opencode").json()["config"]
-    for config in (call(gate, "GET", "/opencode.json", key).json(), shown):
-        (provider,) = config["provider"].values()
-        assert provider["options"]["baseURL"] == f"{public}/v1"
-    claude = call(gate, "GET", "/claude.json", key).json()
-    assert claude["env"]["ANTHROPIC_BASE_URL"] == public
-    codex = tomllib.loads(call(gate, "GET", "/codex.toml", key).text)
-    assert codex["model_providers"]["llmgate"]["base_url"] == f"{public}/v1"
-    assert f"{public}/auth/register" in call(gate, "GET", "/").text
-    with pytest.raises(llmgate.SettingsError, match="PUBLIC_URL"):
-        llmgate.Settings.from_env({"PUBLIC_URL": "example.org/llm"})
+    told = [x.headers["X-Vllm-Priority"] for x in gate.upstream.asked()]
+    assert told == ["0", "1", "2", "3", "0", "0"]
 
 
 def test_first_page_and_lost_callers_are_helped(gate: Gate, make_gate: MakeGate) -> None:
@@ -2916,7 +2764,9 @@ def test_first_page_and_lost_callers_are_helped(gate: Gate, make_gate: MakeGate)
         for word in ("/auth/register", "opencode auth login", "/claude.json", "/codex.toml"):
             assert word in page.text
         assert page.text.count("\n") <= 20 and page.text.endswith("\n")
-    assert "/auth/register" not in call(make_gate(REGISTRATION="closed"), "GET", "/").text
+    closed, body = make_gate(REGISTRATION="closed"), {"username": "ida", "password": PASSWORD}
+    assert "/auth/register" not in call(closed, "GET", "/").text
+    assert_error(call(closed, "POST", "/auth/register", json=body), 403, "registration_closed")
     key = register(gate).key
     for method, path in (("POST", "/chat/completions"), ("GET", "/models"), ("POST", "/messages")):
         error = assert_error(call(gate, method, path, key, json={}), 404)
@@ -2928,102 +2778,50 @@ def test_first_page_and_lost_callers_are_helped(gate: Gate, make_gate: MakeGate)
 # ---------------------------------------------------------------------------------------------
 # Claude Code and Codex: /v1/messages and /v1/responses, and how a request ends whose caller left.
 
-AGENTS = ("messages", "responses")
-BOUND_NAMES = {"messages": "max_tokens", "responses": "max_output_tokens"}
+SHAPES = ["ok", "thinking", "tool", "cached", "llama", "v33", "lumpy", "llm-user-managed"]
+NO_COUNT = ["nousage", "badusage"]
 LONG_PROMPT = "four" * 166  # 166 tokens, of which "cached" knows 128
 
 
-def body_of(endpoint: str, model: str = "ok", most: int = 300, **fields: object) -> JSONObject:
-    """Return the body of a request for at most so many tokens, with the prompt marker in it."""
-    body: JSONObject = {"model": model, BOUND_NAMES.get(endpoint, "max_tokens"): most}
-    if endpoint == "completions":
-        return body | {"prompt": [PROMPT, PROMPT]} | fields
-    if endpoint == "responses":
-        return body | {"input": PROMPT} | fields
-    return body | {"messages": [{"role": "user", "content": PROMPT}]} | fields
+def raw_agent(key: str, endpoint: str, body: JSONObject) -> bytes:
+    """Return a request as bytes."""
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    return raw_request("POST", f"/v1/{endpoint}", headers, json.dumps(body).encode())
 
 
-def events_of(content: bytes) -> list[tuple[str, JSONObject]]:
-    """Return type and data of each event of a stream, whose two types must agree."""
-    found = []
-    for event in content.split(b"\n\n")[:-1]:
-        first, _, said = event.partition(b"\ndata: ")
-        found.append((first.decode().removeprefix("event: "), json.loads(said)))
-        assert found[-1][0] == found[-1][1]["type"]
-    return found
+def exchanges(gate: Gate) -> dict[str, Exchange]:
+    """Return what vLLM saw of each request, by the X-Request-Id."""
+    return {x.headers["X-Request-Id"]: x for x in gate.upstream.asked()}
 
 
-def refused(endpoint: str, reply: Reply, status: int, code: str = "") -> str:
-    """Fail unless `reply` is an error in the protocol's own shape; return its words."""
-    if endpoint != "messages":
-        return str(assert_error(reply, status, code)["message"])
-    body = json.loads(reply.content)
-    assert (reply.status_code, set(body), body["type"]) == (status, {"type", "error"}, "error")
-    assert set(body["error"]) == {"type", "message"} and body["error"]["message"]
-    assert reply.content.endswith(b"\n") and not LEAKS.search(reply.content.decode())
-    return str(body["error"]["message"])
-
-
-def exchange_of(gate: Gate, row: UsageRow) -> Exchange:
-    """Return what vLLM saw of a request."""
-    name = row.request_id
-    return next(x for x in gate.upstream.asked() if x.headers["X-Request-Id"] == name)
-
-
-SHAPES = ["ok", "thinking", "tool", "cached", "llama", "v33", "lumpy", "llm-user-managed"]
-NO_COUNT = ["nousage", "badusage"]
-
-
-@pytest.mark.parametrize("endpoint", AGENTS)
-def test_agents_get_vllms_bytes_and_exact_rows(make_gate: MakeGate, endpoint: str) -> None:
+def test_agents_get_vllms_bytes_and_exact_rows(make_gate: MakeGate) -> None:
     """Plain and streamed; text, thoughts, tool calls, cached prompts; without a count: marked."""
-    gate = make_gate(MAX_REQUESTS_PER_USER="20")
+    asked = list(itertools.product(AGENTS, SHAPES + NO_COUNT, (False, True)))
+    gate = make_gate(MAX_REQUESTS_PER_USER=str(len(asked)))
     user = register(gate)
-    asked = list(itertools.product(SHAPES + NO_COUNT, (False, True)))
 
     def ask(number: int) -> None:
-        model, stream = asked[number]
+        endpoint, model, stream = case = asked[number]
         body = body_of(endpoint, model, 5 if model == "v33" else 300, stream=stream)
         if model == "cached":
             body["input" if endpoint == "responses" else "system"] = LONG_PROMPT
         answer = relay(gate, user.key, f"{endpoint}?beta=true", body)
         content, row = answer.content, gate.row(answer)
-        exchange = exchange_of(gate, row)
-        assert (answer.status_code, content) == (200, exchange.answer()), model
+        exchange = exchanges(gate)[row.request_id]
+        assert (answer.status_code, content) == (200, exchange.answer()), case
         assert (row.status, row.endpoint, row.stream) == ("ok", endpoint, stream)
-        assert row.estimated == (model in NO_COUNT), model
+        assert row.estimated == (model in NO_COUNT), case
         made = {"tool": 69, "thinking": 60, "v33": 5}.get(model, 20)
         if model in NO_COUNT:
             assert row.prompt_tokens > 0 < row.completion_tokens and row.total < 700
         else:
-            assert (row.total, row.completion_tokens) == (exchange.tokens, made), model
+            assert (row.total, row.completion_tokens) == (exchange.tokens, made), case
 
     in_parallel(len(asked), ask)
-    columns = "model, prompt_tokens, cached_tokens"
-    cached = gate.rows(f"SELECT DISTINCT {columns} FROM usage WHERE cached_tokens > 0 ORDER BY 1")
-    whole = 166 if endpoint == "responses" else 170  # beside it there is the system's prompt
-    assert cached == [("cached", whole, 128), ("llama", 10, 1)]
-
-
-def test_vllm_gets_what_an_agent_sent(gate: Gate) -> None:
-    """But for the model's name; responses are not stored and have the gate's own id."""
-    user = register(gate)
-    tools: JSONObject = {"tools": [{"name": "get_weather", "input_schema": {"type": "object"}}]}
-    fields = tools | {"metadata": {"user_id": "u"}, "top_k": 3, "tool_choice": {"type": "auto"}}
-    fields |= {"context_management": {"edits": []}, "instructions": "Be brief.", "stop": None}
-    for endpoint in AGENTS:
-        sent = body_of(endpoint, "llm-user-managed", **fields)
-        headers = {"x-api-key": user.key, "Cookie": "a=1", "X-Request-Id": "mine"}
-        answer = call(gate, "POST", f"/v1/{endpoint}", json=sent, headers=headers)
-        assert (answer.status_code, gate.row(answer).model) == (200, "ok")
-        exchange = gate.upstream.asked()[-1]
-        got = exchange.json()
-        assert exchange.headers["Authorization"] == f"Bearer {UPSTREAM_KEY}"
-        assert not {"x-api-key", "cookie"} & {name.lower() for name in exchange.headers}
-        if endpoint == "responses":
-            assert got.pop("store") is False
-            assert answer.headers["X-Request-Id"] in got.pop("request_id")
-        assert got == sent | {"model": "ok"}
+    columns = "endpoint, model, prompt_tokens, cached_tokens"
+    cached = gate.rows(f"SELECT DISTINCT {columns} FROM usage WHERE cached_tokens > 0")
+    both = {(endpoint, "llama", 10, 1) for endpoint in AGENTS} | {("responses", "cached", 166, 128)}
+    assert set(cached) == both | {("messages", "cached", 170, 128)}  # there it is beside a prompt
 
 
 @pytest.mark.parametrize("endpoint", AGENTS)
@@ -3032,7 +2830,7 @@ def test_bound_of_an_agent_stays_within_context_and_quota(
 ) -> None:
     """Claude Code asks for 128,000 tokens, Codex for no bound; near the limit it is lowered."""
     monkeypatch.setattr(gate.upstream, "scale_out", True)
-    bound = BOUND_NAMES[endpoint]
+    bound = BOUND_NAMES.get(endpoint, "max_tokens")
     rich, poor = register(gate), register(gate, token_limit=25)
     for most in (128_000, 32_000, MAX_MODEL_LEN):
         assert relay(gate, rich.key, endpoint, body_of(endpoint, most=most)).status_code == 200
@@ -3047,52 +2845,21 @@ def test_bound_of_an_agent_stays_within_context_and_quota(
     assert answer.status_code == 200, answer.text
     assert gate.upstream.asked()[-1].json()[bound] == 15
     assert (gate.row(answer).completion_tokens, gate.tokens_used(poor)) == (15, 25)
-    words = refused(endpoint, relay(gate, poor.key, endpoint, unbound), 429, "insufficient_quota")
+    answer = relay(gate, poor.key, endpoint, unbound)
+    words = refused(endpoint, answer, 429, "insufficient_quota")
     assert words.startswith("Quota used up: 25 of 25 tokens")
+    assert answer.headers["x-should-retry"] == "false"
 
 
-def test_thinking_budget_stays_below_the_bound(gate: Gate) -> None:
+def test_thinking_budget_stays_below_the_bound(gate: Gate, user: User) -> None:
     """Also where the bound is lowered; as Anthropic wants it."""
-    user = register(gate)
-    for most, budget, sent in (
-        (32_000, 31_999, None),
-        (32_000, 2_000, 2_000),
-        (1_025, 1_024, 1_024),
-    ):
+    for most, budget in ((32_000, 31_999), (32_000, 2_000), (1_025, 1_024)):
         thinking = {"type": "enabled", "budget_tokens": budget}
         body = body_of("messages", most=most, thinking=thinking)
         assert relay(gate, user.key, "messages", body).status_code == 200
         got = gate.upstream.asked()[-1].json()
         assert 1024 <= got["thinking"]["budget_tokens"] < got["max_tokens"] <= MAX_MODEL_LEN
-        assert sent in (None, got["thinking"]["budget_tokens"])
-
-
-def test_fields_that_agents_may_not_send(gate: Gate) -> None:
-    """Each is named, whatever its value; answers that vLLM stores have no owner."""
-    user = register(gate)
-    harmful = ("kv_transfer_params", "ec_transfer_params", "vllm_xargs")
-    stored = ("previous_response_id", "previous_input_messages", "request_id")
-    cases: list[tuple[str, str, object]]
-    cases = [(endpoint, name, {}) for endpoint in AGENTS for name in harmful]
-    cases += [("responses", name, "") for name in stored]
-    cases += [("responses", name, True) for name in ("store", "background")]
-    for endpoint, name, value in cases:
-        answer = relay(gate, user.key, endpoint, body_of(endpoint) | {name: value})
-        assert name in refused(endpoint, answer, 400), name
-    assert gate.upstream.asked() == [] and gate.usage() == []
-    harmless = dict.fromkeys(harmful + stored) | {"store": False, "background": False}
-    assert relay(gate, user.key, "responses", body_of("responses") | harmless).status_code == 200
-
-
-def test_nothing_else_of_these_protocols_is_relayed(gate: Gate) -> None:
-    """Reading, cancelling or rendering another's answer: vLLM is not even asked."""
-    user = register(gate)
-    paths = "responses/x responses/x/cancel responses/render messages/render messages/batches"
-    for method, path in itertools.product(("GET", "POST", "DELETE"), paths.split()):
-        answer = call(gate, method, f"/v1/{path}", user.key, json={})
-        refused(path.partition("/")[0], answer, 404)
-    refused("messages", call(gate, "GET", "/v1/messages", user.key), 405)
-    assert {x.path for x in gate.upstream.exchanges} <= {"/v1/models", "/health"}
+        assert budget > MAX_MODEL_LEN or got["thinking"] == thinking
 
 
 def test_key_may_come_as_x_api_key(gate: Gate) -> None:
@@ -3114,79 +2881,31 @@ def test_key_may_come_as_x_api_key(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("endpoint", AGENTS)
-def test_agents_are_told_in_their_own_words(make_gate: MakeGate, endpoint: str) -> None:
-    """Quota, key, model, busy, down: the client shows our sentence at once."""
-    with Upstream() as going:
-        gate = make_gate(VLLM_ENDPOINT=going.url, MAX_REQUESTS_PER_USER="1")
-        gate.upstream, gate.expected_5xx = going, {502, 503}
-        user = register(gate)
-
-        def ask(model: str = "ok", key: str = user.key) -> requests.Response:
-            return relay(gate, key, endpoint, body_of(endpoint, model))
-
-        answer = ask("e400")
-        assert (answer.status_code, answer.content) == (400, going.asked()[-1].answer())
-        assert gate.row(answer).total == 0
-        refused(endpoint, ask(key=f"{user.key}x"), 401, "invalid_api_key")
-        assert "no-such" in refused(endpoint, ask("no-such"), 404, "model_not_found")
-        for model in ("e500", "e401"):
-            refused(endpoint, ask(model), 502, "upstream_error")
-        refused(endpoint, post_text(gate, f"/v1/{endpoint}", user.key, "{bad"), 400)
-        with relay(gate, user.key, endpoint, body_of(endpoint, "silent", stream=True)):
-            wait_until(lambda: going.running() == 1)
-            refused(endpoint, ask(), 429, "rate_limit_exceeded")
-        wait_until(lambda: gate.reserved() == 0)
-        answer = ask(key=register(gate, token_limit=1).key)
-        assert "tokens" in refused(endpoint, answer, 429, "insufficient_quota")
-        assert answer.headers["x-should-retry"] == "false"
-        gate.settle()
-    assert "vLLM" in refused(endpoint, ask(), 502, "upstream_unavailable")
-
-
-def raw_agent(key: str, endpoint: str, body: JSONObject) -> bytes:
-    """Return a request as bytes."""
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    return raw_request("POST", f"/v1/{endpoint}", headers, json.dumps(body).encode())
-
-
-@pytest.mark.parametrize("endpoint", AGENTS)
-def test_agents_stream_that_vllm_loses_says_so(gate: Gate, endpoint: str) -> None:
-    """In the shape that makes the client try again; vLLM's own error event is not doubled."""
-    user = register(gate)
-    for model in ("die", "dieclean", "midstream"):
+def test_agents_stream_that_breaks_off_says_so(
+    gate: ThreadedGate, user: User, endpoint: str
+) -> None:
+    """So that the client tries again, also when the gate ends; vLLM's own error is not doubled."""
+    for model in ("die", "dieclean", "midstream", "silent"):
         answer = relay(gate, user.key, endpoint, body_of(endpoint, model, 30, stream=True))
+        if model == "silent":
+            wait_until(lambda: gate.upstream.asked()[-1].tokens == 13)
+            gate.drain(0.3)
         content = answer.content
         assert content.startswith(gate.upstream.asked()[-1].answer()) and content[-2:] == b"\n\n"
-        *before, (kind, last) = events_of(content)
-        ends = {"error", "response.failed", "message_stop", "response.completed"}
-        assert not ends & {kind for kind, _ in before}, model
+        *before, kind = re.findall(r"^event: (\S+)$", content.decode(), re.MULTILINE)
+        assert not {"error", "response.failed", "message_stop", "response.completed"} & {*before}
+        last = json.loads(content.rpartition(b"\ndata: ")[2])
+        assert last["type"] == kind, model
         if endpoint == "messages":
             assert (kind, set(last)) == ("error", {"type", "error"})
             assert last["error"]["message"] and last["error"]["type"]
         else:
             assert (kind, last["response"]["status"]) == ("response.failed", "failed")
-            assert last["response"]["error"]["message"] and last["response"]["error"]["code"]
+            error = last["response"]["error"]
+            assert error["message"] and (error["code"] == "draining") == (model == "silent")
         row = gate.row(answer)
         assert (row.status, row.estimated) == ("error", 1)
         assert row.prompt_tokens >= 10 and 3 <= row.completion_tokens <= 30
-
-
-def test_drained_agents_stream_says_so(gate: ThreadedGate) -> None:
-    """The last event is the protocol's own failure."""
-    user = register(gate)
-    gate.expected_5xx = {503}
-    with connected(gate) as connection:
-        bodies = [body_of(endpoint, "silent", stream=True) for endpoint in AGENTS]
-        answers = list(map(functools.partial(relay, gate, user.key), AGENTS, bodies))
-        wait_until(lambda: sum(x.tokens for x in gate.upstream.asked()) == 26)
-        connection.sendall(raw_request("GET", "/health", {}))
-        assert read_reply(connection).status_code == 200
-        gate.drain(0.3)
-        connection.sendall(raw_agent(user.key, "messages", body_of("messages")))
-        refused("messages", read_reply(connection), 503, "draining")
-        message, response = (events_of(answer.content)[-1] for answer in answers)
-    assert message[0] == "error" and message[1]["error"]["message"]
-    assert response[1]["response"]["error"]["code"] == "draining"
 
 
 def leave_with_fin(connection: socket.socket) -> None:
@@ -3202,7 +2921,7 @@ LEFT_MODELS = ["prefill", "slow", "tool", "thinking", "silent"]
 LEFT = list(itertools.product(LEFT_MODELS, (True, False), (leave_with_fin, leave_with_reset)))
 
 
-@pytest.mark.parametrize("endpoint", ["chat/completions", "completions", *AGENTS])
+@pytest.mark.parametrize("endpoint", ["completions", *ENDPOINTS])
 def test_request_left_is_ended_by_vllm_and_exact(
     make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
@@ -3225,22 +2944,18 @@ def test_request_left_is_ended_by_vllm_and_exact(
 
     left_at = in_parallel(len(LEFT), ask_and_leave)
     wait_until(lambda: {row.status for row in gate.usage()} == {"aborted"})
-    rows = {row.request_id: row for row in gate.usage()}
-    assert len(rows) == len(upstream.asked()) == len(LEFT)
-    named: set[str] = set()
-    for exchange in upstream.asked():
-        number, name = exchange.json()["seed"], exchange.headers["X-Request-Id"]
-        row, case = rows[name], LEFT[number][:2]
+    rows, seen = gate.usage(), exchanges(gate)
+    assert len(rows) == len(seen) == len(LEFT)
+    for row in rows:
+        exchange = seen[row.request_id]
+        number = exchange.json()["seed"]
+        case = LEFT[number][:2]
         assert not exchange.left, f"{case}: the gate hung up"
         assert cast(float, exchange.closed_at) - left_at[number] < 1, case
         assert (row.estimated, row.total) == (0, exchange.tokens), case
         assert row.prompt_tokens == (20 if endpoint == "completions" else 10), case
         nothing_made = case[0] == "prefill" or case == ("silent", False)
         assert (row.completion_tokens == 0) == nothing_made, case
-        names = {"completions": {f"cmpl-{name}-0", f"cmpl-{name}-1"}}
-        names["responses"] = {f"{exchange.json().get('request_id')}_0"}
-        named |= names.get(endpoint, {f"chatcmpl-{name}"})
-    assert set(upstream.aborts()) == named
 
 
 @pytest.mark.parametrize("scale_out_is", [False, None], ids=["off", "older vLLM"])
@@ -3267,19 +2982,16 @@ def test_request_left_where_vllm_cannot_end_it(
     wait_until(lambda: not upstream.running())
     for case, (deltas, reserved, answer, left_at) in zip(cases, left, strict=True):
         row = gate.row(answer)
-        exchange = exchange_of(gate, row)
+        exchange = exchanges(gate)[row.request_id]
         assert exchange.left and cast(float, exchange.closed_at) - left_at < 1, case
         assert (row.status, row.estimated) == ("aborted", 1), case
         assert deltas <= row.completion_tokens <= 300 and 0 < row.total <= reserved, case
         assert row.prompt_tokens == 10 or "messages" not in case or "prefill" in case
-    asked = len(upstream.aborts())
-    assert asked > 0
     with connected(gate) as connection:  # a plain request runs to its end, and is charged whole
-        connection.sendall(raw_agent(other.key, "messages", body_of("messages", "tool")))
+        connection.sendall(raw_agent(other.key, "messages", body_of("messages", "tool", 15)))
         wait_until(lambda: gate.usage(other))
     row = gate.last_row(other)
-    assert (row.status, row.estimated, row.total) == ("aborted", 0, 79)
-    assert len(upstream.aborts()) == asked  # it was remembered what this vLLM can
+    assert (row.status, row.estimated, row.total) == ("aborted", 0, 25)
 
 
 def test_vllm_that_comes_back_is_asked_again_what_it_can(make_gate: MakeGate) -> None:
@@ -3306,59 +3018,67 @@ def test_vllm_that_comes_back_is_asked_again_what_it_can(make_gate: MakeGate) ->
         gate.settle()
 
 
-@pytest.mark.parametrize("endpoint", ["chat/completions", *AGENTS])
 def test_silent_stream_is_kept_alive_between_whole_events(
-    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch, endpoint: str
+    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A comment after so much silence, in the prefill and later, but never inside an event."""
+    """Its headers come with vLLM's; then a comment after so much silence, never inside an event."""
     monkeypatch.setattr(llmgate, "PING_S", 0.07)
-    body = body_of(endpoint, stream=True)
-    if endpoint == "chat/completions":
-        body |= {"stream_options": {"include_usage": True}}
-    told = PROTOCOLS[f"/v1/{endpoint}"](body, Behaviour(), "x")
-    told.made = 20
-    events = b"".join(event for _, event in told.events()) + told.end
+    streams: dict[str, bytes] = {}
+    bodies = [body_of(endpoint, stream=True) for endpoint in ENDPOINTS]
+    bodies[0] |= {"stream_options": {"include_usage": True}}
+    for endpoint, body in zip(ENDPOINTS, bodies, strict=True):
+        told = PROTOCOLS[f"/v1/{endpoint}"](body, Behaviour(), "x")
+        told.made = 20
+        streams[endpoint] = b"".join(event for _, event in told.events()) + told.end
+    all_begun = threading.Barrier(1 + len(ENDPOINTS))
 
     def say(upstream: ScriptedHandler, body: JSONObject) -> None:
+        events = streams[upstream.path.removeprefix("/v1/")]
         upstream.start_stream()
         upstream.exchange.tokens = 30
+        all_begun.wait(10)
         for piece in (events[:300], events[300:340], events[340:]):
             upstream.wait(0.25)
             upstream.chunk(piece)
         upstream.wfile.write(b"0\r\n\r\n")
 
     with scripted_gate(make_gate, say) as gate:
-        received = list(stream_events(relay(gate, register(gate).key, endpoint, body)))
-    comments = [event for event in received if event.startswith(b":")]
-    assert b"".join(event for event in received if not event.startswith(b":")) == events
-    assert received[0] in comments and 3 <= len(comments) <= 10
+        key = register(gate).key
+        answers = list(map(functools.partial(relay, gate, key), ENDPOINTS, bodies))
+        all_begun.wait(10)  # all headers are here, before any event can be
+        for endpoint, answer in zip(ENDPOINTS, answers, strict=True):
+            received = list(stream_events(answer))
+            comments = [event for event in received if event.startswith(b":")]
+            said = [event for event in received if event not in comments]
+            assert b"".join(said) == streams[endpoint]
+            assert received[0] in comments and 3 <= len(comments) <= 15
 
 
 def test_counting_is_free(gate: Gate) -> None:
     """Claude Code asks 24 times for /context: beside 16 relays, and even without a quota."""
     user, poor = register(gate), register(gate, token_limit=1)
-    body = body_of("messages", "llm-user-managed")
+    body, path = body_of("messages", "llm-user-managed"), "messages/count_tokens"
     with contextlib.ExitStack() as stack:
         for _ in range(16):
             running = body_of("messages", "silent", stream=True)
             stack.enter_context(relay(gate, user.key, "messages", running))
-        keys = [user.key, poor.key] * 24
-        path = "messages/count_tokens"
-        answers = in_parallel(48, lambda number: relay(gate, keys[number], path, body))
+        answers = in_parallel(24, lambda _: relay(gate, user.key, path, body))
+        answers.append(relay(gate, poor.key, path, body))
         assert {answer.json()["input_tokens"] for answer in answers} == {10}
-        refused("messages", relay(gate, user.key, "messages", body), 429)
+        for endpoint in AGENTS:
+            answer = relay(gate, user.key, endpoint, body_of(endpoint))
+            refused(endpoint, answer, 429, "rate_limit_exceeded")
         assert len(gate.usage()) == 16 and gate.usage(poor) == []
     counted = [x for x in gate.upstream.exchanges if x.path == COUNT_PATH]
     assert answers[0].content == counted[-1].answer()
     assert {x.json()["model"] for x in counted} == {"ok"}
     for model, status in (("no-such", 404), (5, 400)):
-        refused("messages", relay(gate, user.key, path, body | {"model": model}), status)
-    refused("messages", relay(gate, "", path, body), 401)
+        refused(path, relay(gate, user.key, path, body | {"model": model}), status)
+    refused(path, relay(gate, "", path, body), 401)
 
 
-def test_forced_tool_that_vllm_refuses_when_made_is_not_free(gate: Gate) -> None:
+def test_forced_tool_that_vllm_refuses_when_made_is_not_free(gate: Gate, user: User) -> None:
     """vLLM has worked for that 400, and does not say how much; other 400s are free."""
-    user = register(gate)
     forced = body_of("messages", "badtool", tool_choice={"type": "tool", "name": "get_weather"})
     answer = relay(gate, user.key, "messages", forced)
     assert (answer.status_code, answer.content) == (400, gate.upstream.asked()[-1].answer())
@@ -3373,43 +3093,50 @@ HOSTILE = "we\"ird]\\/'name\x7f{x}\t#é"
 
 def test_configurations_of_the_agents_work(make_gate: MakeGate) -> None:
     """Whatever the model is called: they parse, and name the gate and the true context."""
+    cases = [("llm-user-managed", "llm-user-managed=", ""), ('al"i\\as', 'al"i\\as=', "")]
+    cases.append((HOSTILE, "gone=no-such-model", "https://example.org/llm/"))
     with Upstream() as other:
         other.serves = frozenset({HOSTILE})
-        for model, aliases in (
-            ("llm-user-managed", "llm-user-managed="),
-            ('al"i\\as', 'al"i\\as='),
-            (HOSTILE, "gone=no-such-model"),
-        ):
-            gate = make_gate(VLLM_ENDPOINT=other.url, MODEL_ALIASES=aliases)
-            gate.upstream, user = other, register(gate)
+        for model, aliases, public in cases:
+            gate = make_gate(VLLM_ENDPOINT=other.url, MODEL_ALIASES=aliases, PUBLIC_URL=public)
+            gate.upstream, user, url = other, register(gate), public.rstrip("/") or gate.url
             env = call(gate, "GET", "/claude.json", user.key).json()["env"]
             models = [value for name, value in env.items() if name.endswith("_MODEL")]
             assert models == [model] * 4
-            assert env["ANTHROPIC_BASE_URL"] == gate.url
+            assert env["ANTHROPIC_BASE_URL"] == url
             assert env["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == str(MAX_MODEL_LEN)
             assert 0 < int(env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"]) < MAX_MODEL_LEN
             config = tomllib.loads(call(gate, "GET", "/codex.toml", user.key).content.decode())
             assert (config["model"], config["model_context_window"]) == (model, MAX_MODEL_LEN)
             provider = config["model_providers"][config["model_provider"]]
-            assert provider["base_url"] == f"{gate.url}/v1"
+            assert provider["base_url"] == f"{url}/v1"
             assert (provider["wire_api"], provider["env_key"]) == ("responses", "LLMGATE_API_KEY")
+            shown = call(gate, "GET", "/.well-known/opencode").json()["config"]
+            for config in (call(gate, "GET", "/opencode.json", user.key).json(), shown):
+                (provider,) = config["provider"].values()
+                assert provider["options"]["baseURL"] == f"{url}/v1"
+            assert f"{url}/auth/register" in call(gate, "GET", "/").text
             for endpoint in AGENTS:
                 asked = relay(gate, user.key, endpoint, body_of(endpoint, model))
                 assert gate.row(asked).model == HOSTILE
             for path in ("/claude.json", "/codex.toml"):
                 assert_error(call(gate, "GET", path), 401)
             gate.settle()
+    with pytest.raises(llmgate.SettingsError, match="PUBLIC_URL"):
+        llmgate.Settings.from_env({"PUBLIC_URL": "example.org/llm"})
 
 
 # ---------------------------------------------------------------------------------------------
 # Quota: `tokens_used` never passes `token_limit`, and what is left can be used.
 
 
-def test_quota_ends_exactly(gate: Gate) -> None:
-    """The last answer is cut to what is left; after that vLLM sees nothing more.
+def user_says(text: str) -> list[JSONObject]:
+    """Return the messages of a chat in which this is said."""
+    return [{"role": "user", "content": text}]
 
-    The end is a `finish_reason` "length", which every client understands.
-    """
+
+def test_quota_ends_exactly(gate: Gate) -> None:
+    """The last answer is cut to what is left, with a `finish_reason` "length"; then vLLM rests."""
     user = register(gate, token_limit=105)
     for _ in range(3):
         answer = chat(gate, user.key, max_tokens=20)
@@ -3431,122 +3158,71 @@ def test_quota_ends_exactly(gate: Gate) -> None:
     assert len(gate.upstream.asked()) == 4
 
 
-@dataclass
-class QuotaRace:
-    """What 64 parallel chats of one user got, and the highest counter seen meanwhile."""
-
-    answers: list[requests.Response]
-    highest: int = 0
-
-    @classmethod
-    def run(cls, gates: list[Gate], user: User, model: str = "slow") -> QuotaRace:
-        """Spread 64 chats of 10 + 40 over the gates, polling `tokens_used` all the time."""
-        race = cls([])
-        over = threading.Event()
-
-        def poll() -> None:
-            while not over.wait(0.02):
-                race.highest = max(race.highest, gates[0].tokens_used(user))
-
-        poller = threading.Thread(target=poll)
-        poller.start()
-        try:
-            race.answers = in_parallel(
-                64, lambda i: chat(gates[i % len(gates)], user.key, model, max_tokens=40)
-            )
-        finally:
-            over.set()
-            poller.join()
-        return race
-
-    def check(self, gate: Gate, user: User, limit: int) -> None:
-        """Fail unless the limit held, 18 were answered, and the others were told 429."""
-        answered = [answer for answer in self.answers if answer.status_code == 200]
-        assert len(answered) >= 18
-        for answer in self.answers:
-            if answer.status_code != 200:
-                assert_error(answer, 429)
-                assert answer.json()["error"]["code"] in ("quota_reserved", "insufficient_quota")
-        gate.settle()
-        assert 0 < self.highest <= limit
-        spent = sum(answer.json()["usage"]["total_tokens"] for answer in answered)
-        assert gate.tokens_used(user) == spent <= limit
-
-
-def test_parallel_requests_never_pass_the_limit(make_gate: MakeGate) -> None:
-    """64 at once, of which 20 fit."""
-    gate = make_gate(MAX_REQUESTS_PER_USER="64")
-    user = register(gate, token_limit=1000)
-    QuotaRace.run([gate], user).check(gate, user, 1000)
+def race_for_quota(gates: list[Gate], user: User, limit: int) -> None:
+    """64 chats of 10 + 40 at once, spread over the gates: those that fit run, and no more."""
+    highest = 0
+    with ThreadPoolExecutor(1) as pool:
+        ask = functools.partial(chat, key=user.key, model="slow", max_tokens=40)
+        asking = pool.submit(in_parallel, 64, lambda i: ask(gates[i % len(gates)]))
+        while not asking.done():
+            highest = max(highest, gates[0].tokens_used(user))
+            time.sleep(0.02)
+    answered = [answer for answer in asking.result() if answer.status_code == 200]
+    assert len(answered) >= 18
+    for answer in asking.result():
+        if answer not in answered:
+            code = assert_error(answer, 429)["code"]
+            assert code in ("quota_reserved", "insufficient_quota")
+    gates[0].settle()
+    spent = sum(answer.json()["usage"]["total_tokens"] for answer in answered)
+    assert 0 < highest <= gates[0].tokens_used(user) == spent <= limit
 
 
 def test_one_request_does_not_claim_the_whole_quota(gate: Gate) -> None:
     """Eight without max_tokens all run; so do OpenCode's two, which ask for 32,000 tokens each."""
     user = register(gate, token_limit=100_000)
-    answers = in_parallel(8, lambda _: chat(gate, user.key, "paced"))
+    answers = in_parallel(8, lambda _: chat(gate, user.key, "long"))
     assert [answer.status_code for answer in answers] == [200] * 8
     user = register(gate, token_limit=50_000)
-    long = [{"role": "user", "content": PROMPT + " word" * 2000}]
-    bodies: list[JSONObject] = [{}, {"messages": long}]
-    answers = in_parallel(2, lambda i: chat(gate, user.key, "long", max_tokens=32000, **bodies[i]))
+    texts = [PROMPT, PROMPT + " word" * 2000]
+    ask = functools.partial(chat, gate, user.key, "long", max_tokens=32000)
+    answers = in_parallel(2, lambda i: ask(messages=user_says(texts[i])))
     assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
 
 
-def test_request_waits_for_what_others_hold(gate: Gate) -> None:
-    """While a running request holds the rest of the quota, the answer is "try again"."""
-    user = register(gate, token_limit=100)
-    with chat(gate, user.key, "slow", stream=True, max_tokens=80) as running:
-        events = stream_events(running)
-        next(events)
-        assert_error(chat(gate, user.key, max_tokens=80), 429, "quota_reserved")
-    gate.settle()
-    assert chat(gate, user.key, max_tokens=20).status_code == 200
-
-
-def test_each_choice_is_charged(gate: Gate) -> None:
-    """`n: 5` costs the prompt once and five completions."""
-    user = register(gate)
-    for stream in (False, True):
-        with chat(gate, user.key, n=5, max_tokens=8, stream=stream) as answer:
-            assert answer.status_code == 200
-            assert answer.content
-            row = gate.row(answer)
-        assert (row.prompt_tokens, row.completion_tokens, row.estimated) == (10, 40, 0)
-
-
-def test_strange_max_tokens_cost_no_more_than_is_left(gate: Gate) -> None:
-    """0 is a 400; 10^18 is lowered; of a field that stands twice vLLM gets the last one, once."""
-    user = register(gate, token_limit=100)
-    assert chat(gate, user.key, max_tokens=0).status_code == 400
-    gate.settle()
-    assert gate.tokens_used(user) == 0
-    body = json.dumps(chat_body())[:-1] + ', "max_tokens": 8000, "max_tokens": 5}'
-    answer = post_text(gate, "/v1/chat/completions", user.key, body)
-    assert answer.status_code == 200, answer.text
-    asked = gate.upstream.asked()[-1]
-    assert asked.body.count(b'"max_tokens"') == 1 and asked.json()["max_tokens"] == 5
-    assert chat(gate, user.key, max_tokens=10**18).status_code == 200
-    assert gate.upstream.asked()[-1].json()["max_tokens"] == 75
-
-
-BOUNDS: list[JSONObject] = [
-    {"max_tokens": 5, "max_completion_tokens": 8000},
-    {"max_tokens": 8000, "max_completion_tokens": 5},
-    {"max_tokens": None, "max_completion_tokens": None},
-    {"max_completion_tokens": 8000},
-    {"n": 3},
+BOUNDS: list[tuple[JSONObject, int]] = [  # and what is made where 15 tokens are left for it
+    ({"max_tokens": 5, "max_completion_tokens": 8000}, 15),
+    ({"max_tokens": 8000, "max_completion_tokens": 5}, 5),
+    ({"max_tokens": None, "max_completion_tokens": None}, 15),
+    ({"max_completion_tokens": 8000}, 15),
+    ({"max_tokens": 10**18}, 15),
+    ({"n": 5}, 15),
+    ({"n": 5, "max_tokens": 2}, 10),
 ]
 
 
 def test_no_field_yields_more_than_is_left(gate: Gate) -> None:
-    """Whichever of the fields vLLM obeys."""
-    for asked, stream in itertools.product(BOUNDS, (False, True)):
-        user = register(gate, token_limit=25)
+    """Whichever of them vLLM obeys; `n: 5` costs the prompt once and five completions.
+
+    Of a field that stands twice vLLM gets the last one, once; `max_tokens: 0` is free.
+    """
+    user = register(gate)
+    assert chat(gate, user.key, max_tokens=0).status_code == 400
+    gate.settle()
+    assert gate.tokens_used(user) == 0
+    for (asked, made), stream in itertools.product(BOUNDS, (False, True)):
+        change(gate, "UPDATE users SET token_limit = tokens_used + 25")
         with chat(gate, user.key, stream=stream, **asked) as answer:
-            assert answer.status_code == 200, answer.text
-            assert answer.content
-        gate.settle()
-        assert gate.tokens_used(user) in range(11, 26), asked
+            assert answer.status_code == 200 and answer.content, asked
+            row = gate.row(answer)
+        charged = (row.prompt_tokens, row.completion_tokens, row.estimated)
+        assert (asked, charged) == (asked, (10, made, 0))
+    body = json.dumps(chat_body())[:-1] + ', "max_tokens": 8000, "max_tokens": 5}'
+    change(gate, "UPDATE users SET token_limit = tokens_used + 25")
+    answer = post_text(gate, "/v1/chat/completions", user.key, body)
+    assert answer.status_code == 200, answer.text
+    got = gate.upstream.asked()[-1]
+    assert got.body.count(b'"max_tokens"') == 1 and got.json()["max_tokens"] == 5
 
 
 def test_answer_without_a_count_is_estimated(gate: Gate) -> None:
@@ -3565,11 +3241,7 @@ def test_answer_without_a_count_is_estimated(gate: Gate) -> None:
 def test_true_count_above_the_claim_is_charged(make_gate: MakeGate) -> None:
     """A chat template may add more than the bytes of the JSON; an absurd count is no count."""
     counts = iter([900, 10**30])
-
-    def say(upstream: ScriptedHandler, body: JSONObject) -> None:
-        upstream.say_whole(next(counts), 1)
-
-    with scripted_gate(make_gate, say) as gate:
+    with scripted_gate(make_gate, lambda up, _: up.say_whole(next(counts), 1)) as gate:
         user = register(gate)
         row = gate.row(chat(gate, user.key, max_tokens=20))
         assert (row.total, row.estimated) == (901, 0)
@@ -3578,84 +3250,92 @@ def test_true_count_above_the_claim_is_charged(make_gate: MakeGate) -> None:
 
 
 def test_prompt_is_counted_exactly_near_the_limit(gate: Gate) -> None:
-    """200 tokens left, a prompt of 150 tokens in more than 600 bytes; one of 300 is refused."""
-    messages = [{"role": "user", "content": PROMPT.ljust(600, ".")}]
-    for stream in (False, True):
+    """200 tokens left, a prompt of 150 in 600 bytes, or in 3,600 with escapes: it is relayed."""
+    for letter, stream in itertools.product(("`", "\\u0060"), (False, True)):
         user = register(gate, token_limit=200)
-        with chat(gate, user.key, messages=messages, max_tokens=20, stream=stream) as answer:
-            assert answer.status_code == 200, answer.text
-            assert answer.content
-            row = gate.row(answer)
+        body = json.dumps(chat_body(messages=user_says("`" * 600), max_tokens=20, stream=stream))
+        body = body.replace("`", letter)
+        answer = post_text(gate, "/v1/chat/completions", user.key, body)
+        assert answer.status_code == 200, answer.text
+        row = gate.row(answer)
         assert (row.prompt_tokens, row.completion_tokens) == (150, 20)
     assert any(x.path == "/tokenize" for x in gate.upstream.exchanges)
     user = register(gate, token_limit=200)
-    messages = [{"role": "user", "content": "." * 1200}]
-    assert_error(chat(gate, user.key, messages=messages), 429, "insufficient_quota")
-    assert len(gate.upstream.asked()) == 2
+    refused = chat(gate, user.key, messages=user_says("." * 1200))
+    assert_error(refused, 429, "insufficient_quota")
+    assert len(gate.upstream.asked()) == 4
 
 
-DECOYS: dict[str, tuple[str, JSONObject]] = {
-    "messages": ("completions", {"prompt": "x" * 40000, "messages": [{"role": "user"}]}),
-    "prompt": ("embeddings", {"input": "x" * 40000, "prompt": [1]}),
-    "token lists": ("completions", {"prompt": [[1] * 4000]}),
-    "a list": ("completions", {"prompt": ["x" * 5000, "y" * 9000]}),
-}
+PICTURE = base64.b64encode(bytes(3 << 19)).decode()  # 2 MB
+RENDERED = ("documents", "reasoning_effort", "response_format", "tool_choice", "what_comes_next")
+LARGE: list[tuple[str, JSONObject]] = [
+    ("completions", {"prompt": "x" * 40000, "messages": [{"role": "user"}]}),
+    ("embeddings", {"input": "x" * 40000, "prompt": [1]}),
+    ("completions", {"prompt": [[1] * 4000]}),
+    ("completions", {"prompt": ["x" * 5000, "y" * 9000]}),
+    ("completions", {"prompt": "", "prompt_embeds": [PICTURE[:9000]] * 9}),
+    *[("chat/completions", {name: {"type": "text", "text": "word" * 20_000}}) for name in RENDERED],
+]
 
 
-def test_no_shape_of_a_prompt_escapes_the_count(gate: Gate) -> None:
-    """What vLLM will read is counted, whatever else the body holds."""
-    user = register(gate, token_limit=3000)
-    for endpoint, body in DECOYS.values():
-        answer = relay(gate, user.key, endpoint, {"model": "ok", "max_tokens": 1} | body)
-        assert_error(answer, 429, "insufficient_quota")
+def test_nothing_that_vllm_reads_escapes_the_count(gate: Gate) -> None:
+    """Whatever else the body holds; what a template may render counts by its bytes."""
+    user, rich = register(gate, token_limit=2000), register(gate, token_limit=20_000)
+    for endpoint, large in LARGE:
+        body = chat_body(max_tokens=1) if endpoint == "chat/completions" else {"model": "ok"}
+        refused = relay(gate, user.key, endpoint, body | large)
+        assert_error(refused, 429, "insufficient_quota")
+    url = "data:image/png;base64," + PICTURE[:200_000]  # which is said, and so no picture
+    assert_error(chat(gate, rich.key, messages=user_says(url)), 429, "insufficient_quota")
     assert gate.upstream.asked() == []
+    assert chat(gate, user.key, reasoning_effort="low", max_tokens=5).status_code == 200
 
 
-def test_raised_limit_and_reset_count_at_once(gate: Gate) -> None:
-    """The operator's set-limit and reset-usage work while the gate runs."""
+def test_commands_count_at_once_and_used_up_is_said_only_when_it_is(gate: Gate) -> None:
+    """Who still has some is told what is used, what is left, and what this request needs."""
     user = register(gate, token_limit=30)
-    assert chat(gate, user.key, max_tokens=20).status_code == 200
-    assert_error(chat(gate, user.key), 429, "insufficient_quota")
+    spend_all(gate, user)
     run_command(gate, "set-limit", user.name, "60")
-    assert chat(gate, user.key, max_tokens=20).status_code == 200
-    assert_error(chat(gate, user.key), 429, "insufficient_quota")
+    assert chat(gate, user.key, max_tokens=10).status_code == 200
+    gate.settle()
+    refused = assert_error(chat(gate, user.key, messages=user_says("word" * 2000)), 429)
+    assert "used up" not in refused["message"].lower()
+    assert {"50", "10", "2001"} <= set(re.findall(r"\d+", refused["message"].replace(",", "")))
     run_command(gate, "reset-usage", user.name)
     assert gate.tokens_used(user) == 0
-    assert chat(gate, user.key, max_tokens=20).status_code == 200
+    assert chat(gate, user.key, max_tokens=50).json()["usage"]["completion_tokens"] == 20
 
 
 def test_reset_while_a_stream_runs_keeps_the_books(make_gate: MakeGate) -> None:
     """The count that comes later is lower than the estimate that the reset has balanced."""
     go_on = threading.Event()
+    events = [
+        b'{"choices":[{"index":0,"delta":{"content":"Hi"}}]}',
+        b'{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}',
+        b'{"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":3}}',
+        b"[DONE]",
+    ]
 
     def say(upstream: ScriptedHandler, body: JSONObject) -> None:
         upstream.start_stream()
-        upstream.chunk(b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n')
-        assert go_on.wait(10)
-        upstream.chunk(b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n')
-        upstream.chunk(
-            b'data: {"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":3}}\n\n'
-        )
-        upstream.chunk(b"data: [DONE]\n\n")
+        for event in events:
+            upstream.chunk(b"data: %s\n\n" % event)
+            assert go_on.wait(10)
         upstream.wfile.write(b"0\r\n\r\n")
         upstream.exchange.tokens = 13
 
     with scripted_gate(make_gate, say) as gate:
         user = register(gate)
-        long = [{"role": "user", "content": "word " * 400}]
-        with chat(gate, user.key, stream=True, messages=long) as running:
-            events = stream_events(running)
-            next(events)
+        with chat(gate, user.key, stream=True, messages=user_says("word " * 400)) as running:
             wait_until(lambda: gate.tokens_used(user) > 13, 6)  # booked so far: an estimate
             run_command(gate, "reset-usage", user.name)
             assert gate.tokens_used(user) == 0
             go_on.set()
-            assert list(events)[-1] == b"data: [DONE]\n\n"
+            assert list(stream_events(running))[-1] == b"data: [DONE]\n\n"
         assert gate.row(running).status == "ok"
         assert gate.tokens_used(user) <= 13
 
 
-PICTURE = base64.b64encode(bytes(3 << 19)).decode()  # 2 MB
 PICTURE_SHAPES = ["image_url", "image", "tool_result", "input_image", "input_file"]
 
 
@@ -3707,31 +3387,6 @@ def test_picture_is_not_counted_by_its_bytes(make_gate: MakeGate) -> None:
         in_parallel(len(users), ask)
 
 
-def test_picture_of_a_killed_gate_costs_the_context_at_most(start_process: StartProcess) -> None:
-    """The row that it left is closed as lost, with an estimate that is no base64."""
-    gate = start_process()
-    user = register(gate)
-    endpoint, body = with_picture("image_url", 20_000)
-    with relay(gate, user.key, endpoint, body | {"stream": True, "model": "prefill"}):
-        gate.kill()
-    gate = start_process()
-    expire_leases(gate)
-    assert gate.last_row(user, 6).status == "lost"
-    assert 0 < gate.tokens_used(user) <= MAX_MODEL_LEN
-
-
-def test_text_is_no_picture(gate: Gate) -> None:
-    """Neither an escaped letter nor a `data:` URL in what is said makes it one."""
-    user, poor = register(gate, token_limit=200), register(gate, token_limit=900)
-    said = json.dumps(chat_body(messages=[{"role": "user", "content": "`" * 600}], max_tokens=9))
-    answer = post_text(gate, "/v1/chat/completions", user.key, said.replace("`", "\\u0060"))
-    assert answer.status_code == 200, answer.text
-    assert gate.row(answer).prompt_tokens == 150
-    long = [{"role": "user", "content": "data:image/png;base64," + PICTURE[:10_000]}]
-    assert_error(chat(gate, poor.key, messages=long), 429)
-    assert len(gate.upstream.asked()) == 1
-
-
 def test_batch_of_embeddings_counts_as_vllm_counts_it(make_gate: MakeGate) -> None:
     """Token ids by their number, each text for itself: it is relayed, and booked exactly."""
     ids: list[Any] = list(range(230))
@@ -3758,11 +3413,8 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
     told, untold = {"id": "told", "max_model_len": 32768}, {"id": "untold"}
     with scripted_gate(make_gate, say, told, untold) as gate:
         for left in (50_000, 100_000, 115_000, 131_000, 1_000_000):
-            messages, user = (
-                [{"role": "user", "content": "word" * 9007}],
-                register(gate, token_limit=left),
-            )
-            assert chat(gate, user.key, "told", messages=messages).status_code == 200, left
+            key = register(gate, token_limit=left).key
+            assert chat(gate, key, "told", messages=user_says("word" * 9007)).status_code == 200
         assert max(asked) <= 32768 - 9007
         poor, rich = register(gate, token_limit=400_000), register(gate)
         assert chat(gate, poor.key, "untold", max_tokens=550_000).status_code == 200
@@ -3772,50 +3424,23 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
         assert gate.tokens_used(rich) == 189_007  # all of it, though the prompt looked short
 
 
-def test_field_that_the_tokenizer_does_not_know_counts_by_its_bytes(gate: Gate) -> None:
-    """A template may render it: 20,000 tokens do not pass a limit of 2,000, a short one does."""
-    user, large = register(gate, token_limit=2000), {"type": "text", "text": "word" * 20_000}
-    for name in ("documents", "reasoning_effort", "response_format", "tool_choice", "what_comes"):
-        assert_error(chat(gate, user.key, "ok", **{name: large}), 429)
-    embeds = {"model": "ok", "prompt": "", "prompt_embeds": [PICTURE[:9000]] * 9, "max_tokens": 1}
-    assert_error(relay(gate, user.key, "completions", embeds), 429)
-    assert gate.upstream.asked() == []
-    assert chat(gate, user.key, reasoning_effort="low", max_tokens=5).status_code == 200
-
-
 def test_counting_costs_vllm_no_more_than_answering(
     make_gate: MakeGate, upstream: Upstream
 ) -> None:
     """Prompts to count are admitted like requests; who has nothing left costs nothing."""
     gate = make_gate(MAX_REQUESTS_PER_USER="3")
     user, spent = register(gate, token_limit=100), register(gate, token_limit=30)
-    messages = [{"role": "user", "content": "x" * 1_000_000}]
-    answers = in_parallel(20, lambda _: chat(gate, user.key, messages=messages))
+    long = user_says("x" * 1_000_000)
+    answers = in_parallel(20, lambda _: chat(gate, user.key, messages=long))
     assert {answer.status_code for answer in answers} == {429}
-    counted = [x for x in upstream.exchanges if x.path == "/tokenize"]
-    at_once = [
-        sum(x.opened_at <= y.opened_at < cast(float, x.closed_at) for x in counted) for y in counted
-    ]
+    counts = [(x.opened_at, x.closed_at or 0) for x in upstream.exchanges if x.path == "/tokenize"]
+    at_once = [sum(begun <= at < ended for begun, ended in counts) for at, _ in counts]
     assert 1 <= max(at_once) <= 3
     spend_all(gate, spent)
     before = len(upstream.exchanges)
     for _ in range(3):
         assert_error(chat(gate, spent.key), 429, "insufficient_quota")
     assert not any(x.method == "POST" for x in upstream.exchanges[before:])
-
-
-def test_used_up_is_said_only_when_it_is(gate: Gate) -> None:
-    """Who still has some is told what is used, what is left, and what this request needs."""
-    user = register(gate, token_limit=1000)
-    assert chat(gate, user.key, max_tokens=20).status_code == 200
-    gate.settle()
-    long = [{"role": "user", "content": "word" * 2000}]
-    message = assert_error(chat(gate, user.key, messages=long), 429)["message"]
-    assert "used up" not in message.lower()
-    assert {"30", "970", "2001"} <= set(re.findall(r"\d+", message.replace(",", "")))
-    run_command(gate, "set-limit", user.name, "30")
-    message = assert_error(chat(gate, user.key), 429, "insufficient_quota")["message"]
-    assert message.startswith("Quota used up: 30 of 30 tokens")
 
 
 class Clock:
@@ -3854,17 +3479,29 @@ def spend_all(gate: Gate, user: User) -> None:
 
 
 def test_quota_begins_again_each_day(start_process: StartProcess, tmp_path: Path) -> None:
-    """Soon after midnight and only once, also if the gate was down then; the rows stay the sum."""
-    clock = Clock(tmp_path, "2028-02-27 12:00:00")
+    """Soon after midnight and only once, also if the gate was down then; the rows stay the sum.
+
+    What a stream has made since its last checkpoint is the new day's; nothing is lost between.
+    """
+    clock = Clock(tmp_path, "2028-02-28 12:00:00")
     gate = start_process(QUOTA_PERIOD="day", **clock.env)
-    user = register(gate, token_limit=30)
+    user, other = register(gate, token_limit=30), register(gate)
     register(gate)  # who uses nothing has nothing to balance
-    for day in range(9):  # with a leap day and a turn of the month
+    for night in ("2028-02-28 23:59:50", "2028-02-29 23:59:50"):
         spend_all(gate, user)
-        evening = datetime(2028, 2, 27, 23, 59, 50) + timedelta(day)
-        clock.set(str(evening))
+        clock.set(night)
         assert_error(chat(gate, user.key, max_tokens=20), 429, "insufficient_quota")
-        clock.set(str(evening + timedelta(seconds=12)))
+        clock.set(str(datetime.fromisoformat(night) + timedelta(seconds=12)))
+    spend_all(gate, user)
+    with chat(gate, other.key, "slow", stream=True, max_tokens=60) as running:
+        events = stream_events(running)
+        wait_until(lambda: next(events) and gate.tokens_used(other) > 0, 5)
+        clock.set("2028-03-02 00:00:00")
+        wait_until(lambda: next(events) and len(resets(gate)) == 4, 5)
+        assert list(events)[-1] == b"data: [DONE]\n\n"
+    assert gate.row(running).total == 70
+    *_, (_, day_before) = resets(gate)
+    assert gate.tokens_used(other) == 70 + day_before < 70
     spend_all(gate, user)
     gate.stop()
     clock.set("2028-04-09 09:00:00")
@@ -3873,14 +3510,18 @@ def test_quota_begins_again_each_day(start_process: StartProcess, tmp_path: Path
     gate.stop()
     gate = start_process(QUOTA_PERIOD="day", **clock.env)
     assert_error(chat(gate, user.key, max_tokens=20), 429, "insufficient_quota")
-    assert resets(gate) == [(user.id, -30)] * 10
+    assert [tokens for who, tokens in resets(gate) if who == user.id] == [-30] * 4
+    assert sum(tokens for who, tokens in resets(gate) if who == other.id) == -70
     assert user.name not in run_command(gate, "check")
 
 
 def test_gates_on_one_database_are_one(
     shared_env: dict[str, str], start_process: StartProcess, tmp_path: Path
 ) -> None:
-    """A gate and one of four processes: one quota, one period, five wrong passwords for all."""
+    """A gate and one of four processes: one quota, one period, five wrong passwords for all.
+
+    SIGTERM ends all of the four.
+    """
     clock = Clock(tmp_path, "2027-03-31 23:59:00")
     env = shared_env | clock.env | {"QUOTA_PERIOD": "month", "MAX_REQUESTS_PER_USER": "64"}
     (tmp_path / "two").mkdir()
@@ -3893,27 +3534,14 @@ def test_gates_on_one_database_are_one(
     clock.set("2027-04-01 00:00:01")
     for user, gate in zip(users, (one, two, two), strict=True):
         spend_all(gate, user)
-    QuotaRace.run([one, two], racer).check(one, racer, 1000)  # and all have looked at the clock
+    race_for_quota([one, two], racer, 1000)  # and all have looked at the clock
     assert resets(one) == [(user.id, -30) for user in users]
     assert {one.tokens_used(user) for user in users} == {30}
-
-
-def test_stream_over_midnight_is_booked_to_both_days(
-    start_process: StartProcess, tmp_path: Path
-) -> None:
-    """What it made since the last checkpoint is the new day's; nothing is lost between them."""
-    clock = Clock(tmp_path, "2027-05-05 23:59:00")
-    gate = start_process(QUOTA_PERIOD="day", **clock.env)
-    user = register(gate)
-    with chat(gate, user.key, "slow", stream=True, max_tokens=60) as running:
-        events = stream_events(running)
-        wait_until(lambda: next(events) and gate.tokens_used(user) > 0, 5)
-        clock.set("2027-05-06 00:00:00")
-        wait_until(lambda: next(events) and resets(gate), 5)
-        assert list(events)[-1] == b"data: [DONE]\n\n"
-    assert gate.row(running).total == 70
-    ((_, day_before),) = resets(gate)
-    assert gate.tokens_used(user) == 70 + day_before < 70
+    workers = two.workers()
+    two.stop()
+    two.check_output(two.output, two.errors)
+    assert len(workers) == 4
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 PERIODS = {  # {moment: when the quota begins again}
@@ -3927,35 +3555,30 @@ PERIODS = {  # {moment: when the quota begins again}
 }
 
 
-@pytest.mark.parametrize("period", PERIODS)
-def test_report_says_when_the_quota_begins_again(
-    start_process: StartProcess, tmp_path: Path, period: str
-) -> None:
-    """In Unix seconds of the next period's first moment."""
-    clock = Clock(tmp_path, "2026-01-01 00:00:00")
-    gate = start_process(QUOTA_PERIOD=period, **clock.env)
-    user = register(gate)
-    for now, then in PERIODS[period].items():
-        clock.set(now)
-        told = call(gate, "GET", "/users/usage", user.key).json()["resets_at"]
-        assert (now, told) == (now, unix(f"{then} 00:00:00"))
-
-
 def test_everybody_is_told_when_the_quota_begins_again(
     gate: Gate, start_process: StartProcess, tmp_path: Path
 ) -> None:
-    """In the drawn report, in the 429's sentence, in OpenAI's header; null if it never does."""
+    """In the reports, in the 429's sentence, in OpenAI's header; null if it never does."""
     clock, begins = Clock(tmp_path, "2026-11-27 12:00:30"), "begins again on Tuesday 1 December"
-    (tmp_path / "timed").mkdir()
-    timed = start_process(tmp_path / "timed", QUOTA_PERIOD="month", **clock.env)
-    user, headers = register(timed, token_limit=30), {"Accept": "text/plain"}
-    spend_all(timed, user)
-    drawn = call(timed, "GET", "/users/usage", user.key, headers=headers).text
-    refused = chat(timed, user.key)
+    timed: dict[str, tuple[Gate, User]] = {}
+    for period in PERIODS:
+        (tmp_path / period).mkdir()
+        made = start_process(tmp_path / period, QUOTA_PERIOD=period, **clock.env)
+        timed[period] = made, register(made, token_limit=30)
+    month, user = timed["month"]
+    spend_all(month, user)
+    text = {"Accept": "text/plain"}
+    drawn = call(month, "GET", "/users/usage", user.key, headers=text).text
+    refused = chat(month, user.key)
     assert f"{begins}, in 4 days" in drawn and begins in refused.json()["error"]["message"]
     assert re.fullmatch(r"83h59m[23]\ds", refused.headers["x-ratelimit-reset-tokens"])
     clock.set("2026-11-30 20:47:55")
-    assert re.fullmatch(r"3h12m\ds", chat(timed, user.key).headers["x-ratelimit-reset-tokens"])
+    assert re.fullmatch(r"3h12m\ds", chat(month, user.key).headers["x-ratelimit-reset-tokens"])
+    for period, (one, user) in timed.items():
+        for now, then in PERIODS[period].items():
+            clock.set(now)
+            told = call(one, "GET", "/users/usage", user.key).json()["resets_at"]
+            assert (period, now, told) == (period, now, unix(f"{then} 00:00:00"))
     assert call(gate, "GET", "/users/usage", register(gate).key).json()["resets_at"] is None
 
 
@@ -3964,97 +3587,99 @@ def test_everybody_is_told_when_the_quota_begins_again(
 # right.
 
 
-def test_answer_that_breaks_off_is_told_and_booked(gate: Gate) -> None:
-    """A stream never ends cleanly then, for OpenCode would ask again without end; plain it is 502.
+LOST = [
+    ("die", 502, "upstream_error"),
+    ("dieclean", 502, "upstream_error"),
+    ("silent", 504, "upstream_timeout"),
+]
 
-    When the engine dies vLLM says so in the stream, and that passes.
+
+def test_answer_that_breaks_off_is_told_and_booked(make_gate: MakeGate) -> None:
+    """A stream never ends cleanly then, for OpenCode would ask again without end; plain it is 5xx.
+
+    When the engine dies vLLM says so in the stream, and that passes. An event without an end does
+    not fill the gate's memory.
     """
-    gate.expected_5xx = {502}
+    gate = make_gate(UPSTREAM_TIMEOUT="1")
+    gate.expected_5xx = {502, 504}
     user = register(gate)
-    for model in ("die", "dieclean", "midstream"):
-        with chat(gate, user.key, model, stream=True) as response:
-            events = list(stream_events(response))
-            row = gate.row(response)
-        assert (row.status, row.estimated) == ("error", 0)
-        assert (row.prompt_tokens, row.completion_tokens) == (10, 3)
-        assert spoken(events) == " ".join(WORDS[:3]) + " "
-        if model == "midstream":
-            assert b"".join(events) == said_by_vllm(gate.upstream.asked()[-1])
-        else:
-            assert len(events) == 5
-            error = data(events[-1])["error"]
-            assert set(error) == {"message", "type", "param", "code"}
-            assert error["code"] == "upstream_error" and not LEAKS.search(error["message"])
-    for model in ("die", "dieclean", "gzip"):  # half a body, or one that the gate cannot read
-        answer = chat(gate, user.key, model)
-        assert_error(answer, 502, "upstream_error")
-        assert (gate.row(answer).status, gate.row(answer).estimated) == ("error", 1)
-
-
-def test_endless_line_is_cut(gate: Gate) -> None:
-    """An event without an end does not fill the gate's memory; vLLM is let go."""
-    events = streamed(gate, register(gate).key, "endless")
-    assert [data(event)["error"]["code"] for event in events] == ["upstream_error"]
-    assert len(gate.upstream.asked()[0].answer()) < 40_000_000
-
-
-def test_silent_vllm_is_cut_in_time(make_gate: MakeGate) -> None:
-    """An error event, or 504; vLLM's connection is freed."""
-    gate = make_gate(UPSTREAM_TIMEOUT="2")
-    gate.expected_5xx = {504}
-    user = register(gate)
-
-    def ask(number: int) -> tuple[requests.Response, bytes, float]:
+    for model, status, code in LOST:
         began = time.monotonic()
-        with chat(gate, user.key, "silent", stream=number == 1) as answer:
-            return answer, answer.content, time.monotonic() - began
-
-    (plain, _, plain_s), (stream, events, stream_s) = in_parallel(2, ask)
-    assert_error(plain, 504, "upstream_timeout")
-    assert events.count(b"data: ") == 5 and b"[DONE]" not in events
-    assert json.loads(events.split(b"data: ")[-1])["error"]["code"] == "upstream_timeout"
-    assert 2 <= plain_s < 5 and 2 <= stream_s < 5
+        *events, last = streamed(gate, user.key, model)
+        assert len(events) == 4 and spoken(events) == " ".join(WORDS[:3]) + " "
+        error = data(last)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == code and not LEAKS.search(error["message"])
+        answer = chat(gate, user.key, model)
+        assert_error(answer, status, code)
+        assert model != "silent" or 1 <= answer.elapsed.total_seconds()
+        assert time.monotonic() - began < 8, model
+        row, begun = gate.row(answer), model != "silent"  # free, if no byte of it came
+        assert (row.status, row.estimated, row.total > 0) == ("error", begun, begun)
+    events = streamed(gate, user.key, "midstream")
+    assert b"".join(events) == said_by_vllm(gate.upstream.asked()[-1])
     gate.settle()
-    assert gate.row(stream).total == 13
-    assert all(x.left for x in gate.upstream.asked())
+    rows = [(row.status, row.estimated, row.total) for row in gate.usage(user) if row.stream]
+    assert rows == [("error", 0, 13)] * 4
+    assert all(x.left for x in gate.upstream.asked() if x.json()["model"] == "silent")
+    unreadable = chat(gate, user.key, "gzip")
+    assert_error(unreadable, 502, "upstream_error")
+    assert (gate.row(unreadable).status, gate.row(unreadable).estimated) == ("error", 1)
+    events = streamed(gate, user.key, "endless")
+    assert [data(event)["error"]["code"] for event in events] == ["upstream_error"]
+    assert len(gate.upstream.asked()[-1].answer()) < 40_000_000
 
 
-@pytest.mark.parametrize("leave", [socket.socket.close, leave_with_reset], ids=["FIN", "RST"])
-@pytest.mark.parametrize(("model", "n"), [("silent", 1), ("slow", 1), ("slow", 3)])
+LEFT_CHATS: list[tuple[str, JSONObject, int]] = [  # and how many events are read before
+    ("silent", {}, 4),
+    ("slow", {}, 4),
+    ("slow", {"n": 3}, 12),
+    ("slow", {"stream": False, "max_tokens": 10}, 0),
+    ("nostreamopts", {}, 4),
+    ("hidden", {"include_reasoning": False}, 0),
+    ("hidden", {"tool_choice": "required"}, 0),
+]
+
+
+@pytest.mark.parametrize("scale_out", [True, False, None])
 def test_client_that_leaves_is_charged_what_vllm_counted(
-    gate: Gate, model: str, n: int, leave: Callable[[socket.socket], None]
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, scale_out: bool | None
 ) -> None:
-    """vLLM stops within a second; the row is there within two."""
+    """vLLM stops within a second, the row is there within two; a plain request may run to its end.
+
+    What no event tells is counted to the token where vLLM can say so; else the row is a marked
+    estimate, above the prompt alone.
+    """
+    monkeypatch.setattr(gate.upstream, "scale_out", scale_out)
     user = register(gate)
-    connection = socket.create_connection(gate.address, timeout=10)
-    connection.sendall(raw_chat(user.key, chat_body(model, stream=True, n=n)))
-    read_events(connection, 4 * n)
-    left_at = time.monotonic()
-    leave(connection)
-    (exchange,) = gate.upstream.asked()
-    wait_until(lambda: exchange.closed_at is not None, 2)
-    assert exchange.left and cast(float, exchange.closed_at) - left_at < 1
-    row = gate.last_row(user, 2)
-    assert (row.status, row.estimated) == ("aborted", 0)
-    assert row.total == exchange.tokens
-    if model == "silent":
-        assert (row.prompt_tokens, row.completion_tokens) == (10, 3)
+    cases = list(itertools.product(LEFT_CHATS, (socket.socket.close, leave_with_reset)))
 
+    def ask_and_leave(number: int) -> float:
+        (model, asked, events), leave = cases[number]
+        connection = socket.create_connection(gate.address, timeout=10)
+        body = chat_body(model, seed=number, stream=True, max_tokens=100)
+        connection.sendall(raw_chat(user.key, body | asked))
+        read_events(connection, events)
+        sent = gate.upstream.asked
+        wait_until(lambda: any(x.tokens > 12 for x in sent() if x.json()["seed"] == number))
+        leave(connection)
+        return time.monotonic()
 
-def test_client_that_leaves_where_vllm_cannot_be_asked(gate: Gate) -> None:
-    """A stream without running counts is a marked estimate; a plain request is charged whole."""
-    user, other = register(gate), register(gate)
-    with connected(gate) as connection:
-        connection.sendall(raw_chat(user.key, chat_body("nostreamopts", stream=True)))
-        read_events(connection, 4)
-    row = gate.last_row(user)
-    assert (row.status, row.estimated) == ("aborted", 1)
-    assert 13 <= row.total < 1000
-    with connected(gate) as connection:
-        connection.sendall(raw_chat(other.key, chat_body("slow", max_tokens=10)))
-        wait_until(lambda: gate.upstream.running() == 1)
-    row = gate.last_row(other, 5)
-    assert (row.prompt_tokens, row.completion_tokens, row.estimated) == (10, 10, 0)
+    left_at = in_parallel(len(cases), ask_and_leave)
+    wait_until(lambda: {row.status for row in gate.usage()} == {"aborted"}, 2)
+    rows = {row.request_id: row for row in gate.usage()}
+    exchanges = {x.json()["seed"]: x for x in gate.upstream.asked()}
+    for number, ((model, asked, events), _) in enumerate(cases):
+        exchange = exchanges[number]
+        row = rows[exchange.headers["X-Request-Id"]]
+        assert cast(float, exchange.closed_at) - left_at[number] < 1, (model, asked)
+        assert exchange.left == bool(not scale_out and row.stream), (model, asked)
+        if scale_out or model in ("silent", "slow"):
+            charged = (row.estimated, row.prompt_tokens, row.total)
+            assert charged == (0, 10, exchange.tokens), (model, asked)
+        else:
+            assert row.estimated == 1, (model, asked)
+            assert 10 + max(1, events - 1) <= row.total < 10 + 100 + 300, (model, asked)
 
 
 def test_clients_that_leave_at_once_leave_nothing_reserved(make_gate: MakeGate) -> None:
@@ -4062,18 +3687,14 @@ def test_clients_that_leave_at_once_leave_nothing_reserved(make_gate: MakeGate) 
     gate = make_gate(MAX_REQUESTS_PER_USER="200")
     user = register(gate)
     request = raw_chat(user.key, chat_body("slow", stream=True))
-    chance = random.Random(31)
-    delays = [chance.uniform(0, 0.03) for _ in range(200)]
 
     def ask_and_leave(number: int) -> None:
-        for delay in delays[number::20]:
+        chance = random.Random(number)
+        for leave in (socket.socket.close, leave_with_reset) * 5:
             connection = socket.create_connection(gate.address, timeout=10)
             connection.sendall(request)
-            time.sleep(delay)
-            if delay < 0.015:
-                leave_with_reset(connection)
-            else:
-                connection.close()
+            time.sleep(chance.uniform(0, 0.03))
+            leave(connection)
 
     in_parallel(20, ask_and_leave)
     gate.settle(10)
@@ -4083,17 +3704,16 @@ def test_clients_that_leave_at_once_leave_nothing_reserved(make_gate: MakeGate) 
 
 def test_caller_who_never_reads_is_given_up(start_process: StartProcess) -> None:
     """Megabytes for sockets that nobody reads: others are served, vLLM and the places are freed."""
-    gate = start_process(UPSTREAM_TIMEOUT="2")
+    gate = start_process(UPSTREAM_TIMEOUT="1")
     gate.may_log_traceback = True
     user, other = register(gate, token_limit=100_000_000), register(gate)
-    messages = [{"role": "user", "content": "x" * 30_000}]
-    request = raw_chat(user.key, chat_body("echo", stream=True, n=16, messages=messages))
+    body = chat_body("echo", stream=True, n=16, messages=user_says("x" * 30_000))
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             connection = stack.enter_context(contextlib.closing(socket.socket()))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(gate.address)
-            connection.sendall(request)
+            connection.sendall(raw_chat(user.key, body))
         wait_until(lambda: len(gate.usage(user)) == 3)
         began = time.monotonic()
         assert chat(gate, other.key).status_code == 200
@@ -4107,106 +3727,106 @@ def test_caller_who_never_reads_is_given_up(start_process: StartProcess) -> None
     gate.check_output(gate.output, gate.errors)
 
 
-def whole_answers(gate: Gate, user: User, count: int, fields: JSONObject) -> list[str]:
-    """Ask `count` chats at once; return the X-Request-Id of those that came whole."""
-
-    def ask(number: int) -> str:
-        try:
-            with chat(gate, user.key, "slow", max_tokens=number + 1, **fields) as answer:
-                assert answer.status_code == 200, answer.text
-                whole = not fields or b"data: [DONE]" in answer.content
-                return answer.headers["X-Request-Id"] if whole else ""
-        except requests.RequestException:
-            return ""
-
-    return [name for name in in_parallel(count, ask) if name]
-
-
 def test_killed_gate_loses_no_row(start_process: StartProcess, tmp_path: Path) -> None:
-    """Five kills under load; within a minute, by the gate's own clock, nothing is pending."""
+    """Five kills under load; within a minute, by the gate's own clock, nothing is pending.
+
+    A picture in the prefill costs the model's context at most, and not its base64.
+    """
     settings = {"MAX_REQUESTS_PER_USER": "400"}
     gate = start_process(**settings)
-    user = register(gate)
-    whole: list[str] = []
-    chance, starts_s = random.Random(32), []
+    user, painter = register(gate), register(gate)
+    endpoint, picture = with_picture("image_url", 20_000)
+    picture |= {"stream": True, "model": "prefill"}
+    chance, whole = random.Random(32), set()
+
+    def ask(number: int) -> None:
+        fields = {"stream": number % 2 == 0, "max_tokens": number // 2 + 1}
+        with (
+            contextlib.suppress(requests.RequestException),
+            chat(gate, user.key, "slow", **fields) as answer,
+        ):
+            assert answer.status_code == 200, answer.text
+            if number % 2 or b"data: [DONE]" in answer.content:
+                whole.add(answer.headers["X-Request-Id"])
+
     for number in range(5):
-        with ThreadPoolExecutor(2) as pool:
-            streams = pool.submit(whole_answers, gate, user, 20, {"stream": True})
-            plain = pool.submit(whole_answers, gate, user, 20, {})
-            wait_for_rows(gate, 40 * (number + 1))
+        with ThreadPoolExecutor(1) as pool, relay(gate, painter.key, endpoint, picture):
+            asking = pool.submit(in_parallel, 40, ask)
+            wait_for_rows(gate, 41 * (number + 1))
             time.sleep(chance.uniform(0.1, 0.4))
             gate.kill()
-            whole += streams.result() + plain.result()
+            asking.result()
         if number == 4:
             a_minute_on = "import time\nreal = time.time\ntime.time = lambda: real() + 60\n"
             settings |= customized(tmp_path / "code", a_minute_on)
         began = time.monotonic()
         gate = start_process(**settings, PORT=str(gate.address[1]))  # which nothing holds
         assert call(gate, "GET", "/health").status_code == 200
-        starts_s.append(time.monotonic() - began)
+        assert time.monotonic() - began < 5
         assert gate.rows("PRAGMA integrity_check") == [("ok",)]
-    assert statistics.median(starts_s) < 5
-    rows = {row.request_id: row.status for row in gate.usage()}
-    assert len(rows) == 200
-    assert len(whole) > 20 and set(whole) <= set(rows)
+    names = {row.request_id for row in gate.usage()}
+    assert len(names) == 205
+    assert len(whole) > 20 and whole <= names
     assert chat(gate, user.key).status_code == 200
     gate.settle(10)
-    statuses = Counter(row.status for row in gate.usage())
+    statuses = Counter(row.status for row in gate.usage(user))
     assert set(statuses) == {"ok", "lost"} and statuses["lost"] > 20
     assert all(row.total > 0 for row in gate.usage())
+    assert {row.status for row in gate.usage(painter)} == {"lost"}
+    assert max(row.total for row in gate.usage(painter)) <= MAX_MODEL_LEN
 
 
 def test_killed_process_is_replaced_and_none_is_left_behind(start_process: StartProcess) -> None:
-    """PROCESSES=2: both write one log, SIGTERM ends both, and a kill -9 of the first one, too."""
+    """PROCESSES=2: both write one log, and both end with the first one, though it is killed."""
     gate = start_process(PROCESSES="2", MAX_REQUESTS_PER_USER="64")
-    user, first = register(gate), gate.workers()
-    assert len(first) == 2
+    user, before = register(gate), gate.workers()
+    assert len(before) == 2
     answers = in_parallel(40, lambda _: chat(gate, user.key))
     assert {answer.status_code for answer in answers} == {200}
     names = [answer.headers["X-Request-Id"] for answer in answers]
     wait_until(lambda: all(gate.log.read_text().count(name) == 1 for name in names))
     assert not list(gate.directory.glob("server-*.log"))
-    os.kill(min(first), signal.SIGKILL)
-    wait_until(lambda: len(gate.workers() - first) == 1, 5)
-    wait_until(lambda: gate.workers() and chat(gate, user.key).status_code == 200, 5)
-    second = gate.workers()
-    gate.stop()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in second)
-    gate = start_process(PROCESSES="2")
-    orphans = gate.workers()
+    os.kill(min(before), signal.SIGKILL)
+    wait_until(lambda: len(gate.workers() - before) == 1, 5)
+    wait_until(lambda: chat(gate, user.key).status_code == 200, 5)
+    after = gate.workers()
     gate.kill()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans), 10)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in after), 10)
 
 
-def test_sigterm_lets_answers_end(start_process: StartProcess) -> None:
-    """A running stream ends properly, new relays are refused, exit status 0; the port is free."""
+@pytest.mark.parametrize(("ending", "delay_s"), [(signal.SIGTERM, 0.0), (signal.SIGHUP, 0.03)])
+def test_gate_that_is_told_to_end_lets_answers_end(
+    start_process: StartProcess, ending: signal.Signals, delay_s: float
+) -> None:
+    """What comes with the signal is answered or refused, never cut or left pending; status 0."""
     gate = start_process()
     gate.expected_5xx = {503}
-    user = register(gate)
-    with connected(gate), chat(gate, user.key, "slow", stream=True, max_tokens=30) as running:
-        events = stream_events(running)
-        next(events)
-        gate.process.terminate()
-        wait_until(lambda: is_refused(gate, user))
-        assert list(events)[-1] == b"data: [DONE]\n\n"
+    user, whole = register(gate), []
+
+    def ask_until_refused(_: int) -> None:
+        with contextlib.suppress(requests.ConnectionError):  # nobody listens any more
+            while True:
+                with chat(gate, user.key, stream=True) as answer:
+                    if answer.status_code != 200:
+                        assert_error(answer, 503, "draining")
+                        return
+                    assert list(stream_events(answer))[-1] == b"data: [DONE]\n\n"
+                    whole.append(answer.headers["X-Request-Id"])
+
+    with connected(gate), ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(in_parallel, 12, ask_until_refused)
+        wait_until(lambda: len(whole) > 20)
+        with chat(gate, user.key, "slow", stream=True, max_tokens=20) as running:
+            wait_until(after_seconds(delay_s))
+            gate.process.send_signal(ending)
+            assert asking.result() == [None] * 12
+            assert gate.upstream.running() == 1
+            assert list(stream_events(running))[-1] == b"data: [DONE]\n\n"
+            whole.append(running.headers["X-Request-Id"])
         assert gate.process.wait(10) == 0
-        again = start_process(PORT=str(gate.address[1]))
-        assert chat(again, user.key).status_code == 200
-    assert [(row.status, row.total) for row in gate.usage() if row.model == "slow"] == [("ok", 40)]
+    assert {row.request_id: row.status for row in gate.usage()} == dict.fromkeys(whole, "ok")
     assert gate.complaints() == []
     gate.check_output(gate.output, gate.errors)
-
-
-def is_refused(gate: Gate, user: User) -> bool:
-    """Return whether a new relay is refused because the gate is ending."""
-    try:
-        answer = chat(gate, user.key)
-    except requests.ConnectionError:
-        return True
-    if answer.status_code == 200:
-        return False
-    assert_error(answer, 503, "draining")
-    return True
 
 
 def test_drain_ends_what_takes_too_long(gate: ThreadedGate) -> None:
@@ -4224,7 +3844,7 @@ def test_drain_ends_what_takes_too_long(gate: ThreadedGate) -> None:
         wait_until(lambda: gate.upstream.running() == 2)
         connection.sendall(raw_request("GET", "/health", {}))
         assert read_reply(connection).status_code == 200
-        gate.drain(0.5)
+        gate.drain(0.3)
         connection.sendall(raw_request("GET", "/health", {}))
         assert_error(read_reply(connection), 503, "draining")
         seen += list(events)
@@ -4249,32 +3869,38 @@ def database_locked(gate: Gate) -> Iterator[None]:
 
 
 def test_locked_database_is_waited_for(start_process: StartProcess) -> None:
-    """Three seconds are bridged, and who only reads does not wait; then it is 503.
+    """Three seconds are bridged, and who only reads does not wait; after five it is 503.
 
-    vLLM sees nothing of what is refused. What ended meanwhile is booked when the lock is gone.
+    vLLM sees nothing of what is refused, and a command says so in one line. What ended meanwhile
+    is booked when the lock is gone.
     """
     gate = start_process()
     gate.expected_5xx, gate.may_log_traceback = {503}, True
     user = register(gate)
-    with ThreadPoolExecutor(1) as pool:
+    with (
+        chat(gate, user.key, "slow", stream=True, max_tokens=5) as running,
+        ThreadPoolExecutor(3) as pool,
+    ):
         with database_locked(gate):
-            answer, over = pool.submit(chat, gate, user.key), after_seconds(3)
             began = time.monotonic()
+            early = pool.submit(chat, gate, user.key)
+            setting = ("set-limit", user.name, "5")
+            told = pool.submit(command, gate.directory, gate.env, *setting, status=1)
             assert call(gate, "GET", "/v1/models", user.key).status_code == 200
             assert time.monotonic() - began < 1
-            wait_until(over, 4)
-            assert not answer.done()
-        assert answer.result(5).status_code == 200
-    with chat(gate, user.key, "slow", stream=True, max_tokens=5) as running:
-        events = stream_events(running)
-        next(events)
-        with database_locked(gate):
-            assert_error(chat(gate, user.key), 503, "database_unavailable")
-            assert len(gate.upstream.asked()) == 2
-        assert spoken(list(events)).startswith(" ".join(WORDS[:4]))
+            wait_until(after_seconds(2))
+            late, over = pool.submit(chat, gate, user.key), after_seconds(3)
+            assert_error(early.result(), 503, "database_unavailable")
+            assert len(told.result().stderr.strip().splitlines()) == 1
+            assert 4 < time.monotonic() - began < 8
+            wait_until(over)
+            assert not late.done()
+        assert late.result().status_code == 200
+        assert spoken(list(stream_events(running))).startswith(" ".join(WORDS[:4]))
     assert chat(gate, user.key).status_code == 200
     gate.settle(10)
     assert gate.tokens_used(user) == 15 + 30 + 30
+    assert len(gate.upstream.asked()) == 3
 
 
 @contextlib.contextmanager
@@ -4297,39 +3923,46 @@ def test_database_that_was_away_needs_no_restart(
 ) -> None:
     """Callers get 503 and vLLM sees nothing new; what ran is booked when the database is back.
 
-    Logins that nobody could check are no guesses: they do not hold the name back afterwards.
+    Whatever time has passed, what still runs keeps its reservation. Logins that nobody could check
+    are no guesses: they do not hold the name back afterwards.
     """
     gate = start_process(**postgres_env)
     gate.expected_5xx, gate.may_log_traceback = {503}, True
-    user = register(gate)
+    user, poor = register(gate), register(gate, token_limit=150)
     token = login(gate, user)
     with ThreadPoolExecutor(3) as pool:
         plain = pool.submit(chat, gate, user.key, "slow", max_tokens=10)
         short = pool.submit(streamed, gate, user.key, "slow", max_tokens=20)
-        long = pool.submit(streamed, gate, user.key, "slow", max_tokens=100)
+        long = pool.submit(streamed, gate, poor.key, "slow", max_tokens=135)
         wait_for_rows(gate, 3)
         wait_until(lambda: len(gate.upstream.asked()) == 3)
+        expire_leases(gate)
         over = after_seconds(3)
         with database_down(gate):
             for number in itertools.count():
                 began = time.monotonic()
-                assert_error(call(gate, "GET", "/health"), 503, "database_unavailable")
-                assert_error(chat(gate, user.key), 503, "database_unavailable")
-                assert_error(call(gate, "GET", "/users/me", token), 503, "database_unavailable")
-                answer = try_login(gate, user.name, PASSWORD)
-                assert_error(answer, 503, "database_unavailable")
+                for answer in (
+                    call(gate, "GET", "/health"),
+                    chat(gate, user.key),
+                    call(gate, "GET", "/users/me", token),
+                    try_login(gate, user.name, PASSWORD),
+                ):
+                    assert_error(answer, 503, "database_unavailable")
                 assert time.monotonic() - began < 5
                 if over() and number >= 9:
                     break
             assert plain.done() and short.done() and not long.done()
         assert call(gate, "GET", "/health").status_code == 200
         assert login(gate, user) and chat(gate, user.key).status_code == 200
+        over = after_seconds(2.2)  # the gate looks after its rows every 2 s
+        while not over():
+            assert_error(chat(gate, poor.key), 429, "quota_reserved")
         assert plain.result().status_code == 200
         assert short.result()[-1] == long.result()[-1] == b"data: [DONE]\n\n"
     assert len(gate.upstream.asked()) == 4
     gate.settle(10)
-    assert sorted(row.total for row in gate.usage(user)) == [20, 30, 30, 110]
-    assert {row.status for row in gate.usage(user)} == {"ok"}
+    assert sorted(row.total for row in gate.usage()) == [20, 30, 30, 145]
+    assert {row.status for row in gate.usage()} == {"ok"}
 
 
 def expire_leases(gate: Gate) -> None:
@@ -4339,15 +3972,9 @@ def expire_leases(gate: Gate) -> None:
 
 def freeze(gate: ProcessGate) -> None:
     """SIGSTOP, but not while it holds the only write lock of SQLite."""
-    gate.process.send_signal(signal.SIGSTOP)
-    path = gate.database_url.removeprefix("sqlite:///")
-    if path != gate.database_url:
-        with contextlib.closing(sqlite3.connect(path, 0.1, isolation_level=None)) as database:
-            try:
-                database.executescript("BEGIN IMMEDIATE; ROLLBACK")
-            except sqlite3.OperationalError:
-                gate.process.send_signal(signal.SIGCONT)
-                freeze(gate)
+    on_sqlite = gate.database_url.startswith("sqlite")
+    with database_locked(gate) if on_sqlite else contextlib.nullcontext():
+        gate.process.send_signal(signal.SIGSTOP)
 
 
 def test_frozen_gate_that_goes_on_books_nothing_twice(
@@ -4358,7 +3985,7 @@ def test_frozen_gate_that_goes_on_books_nothing_twice(
     rich, poor = register(one), register(one, token_limit=400)
     with contextlib.ExitStack() as stack:
         running = [
-            stack.enter_context(chat(one, user.key, "slow", stream=True, max_tokens=60))
+            stack.enter_context(chat(one, user.key, "slow", stream=True, max_tokens=30))
             for user in (rich, rich, poor, poor)
         ]
         streams = [stream_events(answer) for answer in running]
@@ -4377,33 +4004,37 @@ def test_frozen_gate_that_goes_on_books_nothing_twice(
     two.settle(10)
     assert two.tokens_used(poor) <= 400
     late = [two.row(answer) for answer in running]
-    assert [row.total for row in late[:2]] == [70, 70]
-    assert all(row.total <= 70 for row in late)
+    assert [row.total for row in late[:2]] == [40, 40]
+    assert all(row.total <= 40 for row in late)
 
 
 @contextlib.contextmanager
-def disk_full(gate: ProcessGate) -> Iterator[None]:
-    """No file of the gate takes another byte, whoever runs it: each write fails with EFBIG."""
-    before = resource.prlimit(gate.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(gate.process.pid, resource.RLIMIT_FSIZE, (0, before[1]))
+def limited(gate: ProcessGate, what: int, most: int) -> Iterator[None]:
+    """A process has less than it needs of a resource, whoever runs it."""
+    before = resource.prlimit(gate.process.pid, what)
+    resource.prlimit(gate.process.pid, what, (most, before[1]))
     yield
-    resource.prlimit(gate.process.pid, resource.RLIMIT_FSIZE, before)
+    resource.prlimit(gate.process.pid, what, before)
 
 
 def test_full_disk_refuses_what_begins_and_loses_nothing_that_runs(
     start_process: StartProcess,
 ) -> None:
-    """503 and vLLM sees nothing; running answers reach their callers, and are booked afterwards."""
-    gate = start_process()
+    """503 and vLLM sees nothing; running answers reach their callers, and are booked afterwards.
+
+    What a log on the full disk would have hidden is not shown elsewhere instead.
+    """
+    gate = start_process(LOG_FILE="/dev/full")
     gate.expected_5xx, gate.may_log_traceback = {503}, True
     user = register(gate)
+    assert call(gate, "GET", f"/v1/models/{user.key}", user.key).status_code == 404
     with (
         ThreadPoolExecutor(1) as pool,
         chat(gate, user.key, "slow", stream=True, max_tokens=20) as running,
     ):
         plain = pool.submit(chat, gate, user.key, "slow", max_tokens=20)
         wait_until(lambda: gate.upstream.running() == 2)
-        with disk_full(gate):
+        with limited(gate, resource.RLIMIT_FSIZE, 0):  # each write fails with EFBIG
             for _ in range(3):
                 assert_error(chat(gate, user.key), 503, "database_unavailable")
             body = {"username": "late", "password": PASSWORD}
@@ -4412,6 +4043,7 @@ def test_full_disk_refuses_what_begins_and_loses_nothing_that_runs(
             assert list(stream_events(running))[-1] == b"data: [DONE]\n\n"
             assert plain.result().json()["usage"]["completion_tokens"] == 20
             assert len(gate.upstream.asked()) == 2
+    assert call(gate, "GET", "/health").status_code == 200
     assert chat(gate, user.key).status_code == 200
     gate.settle(10)
     assert [row.status for row in gate.usage(user)] == ["ok"] * 3
@@ -4419,85 +4051,42 @@ def test_full_disk_refuses_what_begins_and_loses_nothing_that_runs(
     assert gate.rows("PRAGMA integrity_check") == [("ok",)]
 
 
-def test_log_on_a_full_disk_does_not_stop_the_gate(start_process: StartProcess) -> None:
-    """LOG_FILE=/dev/full; what the log would have hidden is not shown elsewhere instead."""
-    gate = start_process(LOG_FILE="/dev/full")
-    gate.may_log_traceback = True
-    user = register(gate)
-    assert call(gate, "GET", f"/v1/models/{user.key}", user.key).status_code == 404
-    assert chat(gate, user.key).status_code == 200
-    assert streamed(gate, user.key)[-1] == b"data: [DONE]\n\n"
-    assert call(gate, "GET", "/health").status_code == 200
-    gate.settle()
-    gate.stop()
-    gate.check_output(gate.output, gate.errors)
-
-
-@pytest.mark.parametrize("gap", ["suspended", "database away"])
 def test_running_stream_is_never_taken_for_a_dead_gates(
-    request: pytest.FixtureRequest, tmp_path: Path, gap: str
+    start_process: StartProcess, tmp_path: Path
 ) -> None:
-    """Whatever time has passed: its reservation is not given to others, its row ends right."""
-    env, tokens, clock = {}, 55, Clock(tmp_path, "2027-01-01 12:00:00")
-    if gap == "database away":
-        env, tokens = request.getfixturevalue("postgres_env"), 95
-    gate = request.getfixturevalue("start_process")(**env, **clock.env)
-    gate.expected_5xx = {503}
-    user = register(gate, token_limit=10 + tokens + 5)
-    with chat(gate, user.key, "slow", stream=True, max_tokens=tokens) as running:
+    """The clock goes on, the gate does not: it keeps its reservation, and its row ends right."""
+    clock = Clock(tmp_path, "2027-01-01 12:00:00")
+    gate = start_process(**clock.env)
+    user = register(gate, token_limit=70)
+    with chat(gate, user.key, "slow", stream=True, max_tokens=55) as running:
         events = stream_events(running)
         next(events)
-        if gap == "suspended":  # the clock goes on, the gate does not
-            freeze(gate)
-            clock.set("2027-01-01 13:00:00")
-            gate.process.send_signal(signal.SIGCONT)
-        else:
-            expire_leases(gate)
-            with database_down(gate):
-                wait_until(after_seconds(2))
+        freeze(gate)
+        clock.set("2027-01-01 13:00:00")
+        gate.process.send_signal(signal.SIGCONT)
         over = after_seconds(2.2)  # the gate looks after its rows every 2 s
         while not over():
             assert next(events) and [row.status for row in gate.usage()] == ["pending"]
             assert_error(chat(gate, user.key), 429, "quota_reserved")
         assert list(events)[-1] == b"data: [DONE]\n\n"
     row = gate.row(running)
-    assert (row.status, row.total, gate.tokens_used(user)) == ("ok", 10 + tokens, 10 + tokens)
+    assert (row.status, row.total, gate.tokens_used(user)) == ("ok", 65, 65)
 
 
-@pytest.mark.parametrize("scale_out", [True, False, None])
-def test_hidden_tokens_of_a_stream_left_are_charged(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch, scale_out: bool | None
-) -> None:
-    """To the token where vLLM can say so; else a marked estimate, above the prompt alone."""
-    monkeypatch.setattr(gate.upstream, "scale_out", scale_out)
-    user = register(gate)
-    for hides in ({"include_reasoning": False}, {"tool_choice": "required"}):
-        body = chat_body("hidden", stream=True, max_tokens=100, **hides)
-        with relay(gate, user.key, "chat/completions", body) as answer:
-            wait_until(lambda: gate.upstream.asked()[-1].tokens > 13)
-        exchange, left_at = gate.upstream.asked()[-1], time.monotonic()
-        row = gate.row(answer)
-        assert cast(float, exchange.closed_at) - left_at < 1
-        assert (row.status, row.estimated) == ("aborted", int(not scale_out))
-        assert 10 < row.total < 10 + 100 + 300
-        assert row.total == exchange.tokens or not scale_out
-
-
-@pytest.mark.parametrize("hang_up", [socket.socket.close, leave_with_reset])
-def test_request_that_vllm_never_answered_is_free(
-    make_gate: MakeGate, hang_up: Callable[[socket.socket], None]
-) -> None:
+def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
     """As behind a tunnel whose far end is down: 502, however often the client tries."""
+    tries = list(itertools.product((socket.socket.close, leave_with_reset), (False, True))) * 3
 
     def say(upstream: ScriptedHandler, body: JSONObject) -> None:
+        hang_up, _ = tries[body["seed"]]
         hang_up(upstream.connection)
         raise ConnectionAbortedError
 
     with scripted_gate(make_gate, say) as gate:
         gate.expected_5xx = {502}
         user = register(gate)
-        for number in range(6):
-            with chat(gate, user.key, stream=number % 2 == 0) as answer:
+        for number, (_, stream) in enumerate(tries):
+            with chat(gate, user.key, stream=stream, seed=number) as answer:
                 assert_error(answer, 502)
         assert {(row.status, row.total) for row in gate.usage()} == {("error", 0)}
 
@@ -4527,40 +4116,28 @@ def test_log_says_why_vllm_is_not_reached(make_gate: MakeGate, tmp_path: Path) -
 
 
 def test_gate_out_of_descriptors_says_so(start_process: StartProcess) -> None:
-    """EMFILE on the way to vLLM: 502 for the caller, the reason in the log; then well again."""
+    """EMFILE on the way to vLLM: 502 for the caller, the reason in the log; then well again.
+
+    When it can serve no more: a traceback, and not the exit status of a wrong setting.
+    """
     gate = start_process()
-    user, pid = register(gate), gate.process.pid
+    user = register(gate)
     assert call(gate, "GET", "/v1/models", user.key).status_code == 200
     with connected(gate) as connection:
         connection.sendall(raw_request("GET", "/", {}))
         assert read_reply(connection).status_code == 200
-        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
-        connection.sendall(raw_chat(user.key, chat_body()))
-        assert_error(read_reply(connection), 502, "upstream_unavailable")
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        with limited(gate, resource.RLIMIT_NOFILE, 3):
+            connection.sendall(raw_chat(user.key, chat_body()))
+            assert_error(read_reply(connection), 502, "upstream_unavailable")
     wait_for_log(gate, f"{user.name} .*Too many open files")
     assert chat(gate, user.key).status_code == 200
-
-
-def test_writer_that_stands_still_is_503_and_one_line(start_process: StartProcess) -> None:
-    """A stopped process holds the lock of the folder: callers and commands give up, and say so."""
-    gate = start_process()
-    gate.expected_5xx = {503}
-    user = register(gate)
-    with ThreadPoolExecutor(1) as pool:
-        folder = os.open(gate.directory, os.O_RDONLY)
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        arguments = ("set-limit", user.name, "5")
-        told = pool.submit(command, gate.directory, gate.env, *arguments, status=1)
-        began = time.monotonic()
-        assert_error(chat(gate, user.key), 503, "database_unavailable")
-        assert len(told.result().stderr.strip().splitlines()) == 1
-        assert 3 < time.monotonic() - began < 15
-        os.close(folder)
-    assert chat(gate, user.key).status_code == 200
-    gate.process.send_signal(signal.SIGHUP)
-    assert gate.process.wait(10) == 0
+    gate.settle()
+    gate.check_output(gate.output, gate.errors)
+    resource.prlimit(gate.process.pid, resource.RLIMIT_NOFILE, (0, 0))  # now poll() fails: EINVAL
+    wait_until(gate.ended, 10)
+    assert gate.process.returncode not in (0, 2)  # and so systemd starts it again
+    said = gate.errors.read_text() + gate.log.read_text()
+    assert "Traceback" in said and "Invalid argument" in said
 
 
 def test_fault_in_our_sql_is_logged_without_values(
@@ -4578,43 +4155,6 @@ def test_fault_in_our_sql_is_logged_without_values(
     wait_until(lambda: gate.log.read_text().count(", in auth_password\n") == 2)
     gate.secrets |= {"$2b$", "Failing row", "does not answer"}
     assert chat(gate, user.key).status_code == 200
-
-
-def test_gate_that_breaks_is_started_again_by_systemd(start_process: StartProcess) -> None:
-    """An OSError while it runs: a traceback, and not the exit status of a wrong setting."""
-    gate = start_process()
-    resource.prlimit(gate.process.pid, resource.RLIMIT_NOFILE, (0, 0))  # now poll() fails: EINVAL
-    wait_until(gate.ended, 10)
-    assert gate.process.returncode not in (0, 2)
-    said = gate.errors.read_text() + gate.log.read_text()
-    assert "Traceback" in said and "Invalid argument" in said
-
-
-@pytest.mark.parametrize("delay_s", [0.0, 0.03])
-def test_request_that_comes_with_sigterm_is_answered_or_refused(
-    start_process: StartProcess, delay_s: float
-) -> None:
-    """Never cut, and never left pending."""
-    gate = start_process()
-    user, whole = register(gate), []
-
-    def ask_until_refused(_: int) -> None:
-        with contextlib.suppress(requests.ConnectionError):  # nobody listens any more
-            while True:
-                with chat(gate, user.key, stream=True) as answer:
-                    if answer.status_code == 503:
-                        return
-                    assert list(stream_events(answer))[-1] == b"data: [DONE]\n\n"
-                    whole.append(answer.headers["X-Request-Id"])
-
-    with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(in_parallel, 12, ask_until_refused)
-        wait_until(lambda: len(whole) > 20)
-        wait_until(after_seconds(delay_s))
-        gate.process.terminate()
-        assert gate.process.wait(10) == 0
-        assert asking.result() == [None] * 12
-    assert {row.request_id: row.status for row in gate.usage()} == dict.fromkeys(whole, "ok")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4638,82 +4178,57 @@ def upstream_process() -> Iterator[str]:
     """The stand-in in a process of its own, so that it does not share this one's lock; its URL."""
     arguments = [sys.executable, __file__, "upstream", "0"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        url = re.search(r"http://[\d.:]+", process.stdout.readline())
-        assert url
         try:
-            yield url[0]
+            assert process.stdout
+            yield re.findall(r"http://[\d.:]+", process.stdout.readline())[0]
         finally:
             process.kill()
 
 
-def read_streams(gate: Gate, users: list[User], count: int, begun: threading.Event) -> list[float]:
-    """Read `count` streams of `paced` side by side; return how late each of their events was.
-
-    Each must come whole and with its own marker. Sets `begun` when all have brought something.
-    """
-    opened, received, delays = {}, {}, []
-    with selectors.DefaultSelector() as selector:
-        for number in range(count):
-            marker = f"marker-{number:03d}"
-            messages = [{"role": "user", "content": f"{PROMPT} {marker}"}]
-            connection = socket.create_connection(gate.address, timeout=20)
-            key = users[number % len(users)].key
-            connection.sendall(raw_chat(key, chat_body("paced", messages=messages, stream=True)))
-            opened[connection], received[connection] = marker.encode(), b""
-            selector.register(connection, selectors.EVENT_READ)
-        while selector.get_map():
-            ready = selector.select(20)
+def read_stream(gate: Gate, key: str, marker: bytes) -> list[float]:
+    """Read a stream of `paced`, whole and with its own marker; return how late its events were."""
+    messages = [{"role": "user", "content": f"{PROMPT} {marker.decode()}"}]
+    delays: list[float] = []
+    event = b""
+    with chat(gate, key, "paced", messages=messages, stream=True) as answer:
+        for event in stream_events(answer):
             now = time.monotonic()
-            assert ready, "streams stand still"
-            for entry, _ in ready:
-                connection = cast(socket.socket, entry.fileobj)
-                piece = connection.recv(65536)
-                received[connection] += piece
-                if not begun.is_set() and all(received.values()):
-                    begun.set()
-                delays += [now - float(at) for at in re.findall(rb"marker-\d+ ([\d.]+)", piece)]
-                if not piece or received[connection].endswith(b"\r\n0\r\n\r\n"):
-                    selector.unregister(connection)
-                    connection.close()
-    for connection, answer in received.items():
-        assert answer.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in answer, answer[:500]
-        assert re.findall(rb'"content":"(\S+) ', answer) == [opened[connection]] * 50
+            for echoed, at in re.findall(rb'"content":"(\S+) ([\d.]+)', event):
+                assert echoed == marker
+                delays.append(now - float(at))
+    assert event == b"data: [DONE]\n\n" and len(delays) == 50
     return delays
 
 
 def test_hundred_streams_run_side_by_side(start_process: StartProcess) -> None:
     """None fails or is mixed up, p99 of the added delay < 100 ms, login and usage < 1 s."""
-    rounds: list[tuple[float, float]] = []
+
+    def account_s() -> float:
+        wait_until(after_seconds(0.3))
+        began = time.monotonic()
+        assert call(gate, "GET", "/users/usage", login(gate, users[1])).status_code == 200
+        return time.monotonic() - began
+
+    def read(at: int) -> list[float]:
+        return read_stream(gate, users[at % 7].key, b"marker-%03d" % at)
 
     def share_of_bounds() -> float:
-        waits, begun = [0.0], threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            delays = pool.submit(read_streams, gate, users, 100, begun)
-            begun.wait(20)
-            while not delays.done():
-                moments = [time.monotonic()]
-                token = login(gate, users[1])
-                moments.append(time.monotonic())
-                assert call(gate, "GET", "/users/usage", token).status_code == 200
-                moments.append(time.monotonic())
-                waits += [after - before for before, after in itertools.pairwise(moments)]
-                time.sleep(0.3)
-        assert len(delays.result()) == 5000
-        rounds.append((statistics.quantiles(delays.result(), n=100)[98], max(waits)))
-        return max(rounds[-1][0] / 0.1, rounds[-1][1] / 1.0)
+            waits = [pool.submit(account_s) for _ in range(3)]  # one after the other
+            delays = list(itertools.chain(*in_parallel(100, read)))
+        p99 = statistics.quantiles(delays, n=100)[98]
+        return max(p99 / 0.1, *[wait.result() / 1.0 for wait in waits])
 
     with upstream_process() as url:
         gate = start_process(VLLM_ENDPOINT=url)
         users = [register(gate) for _ in range(7)]
-        best = best_of_six(share_of_bounds, 1)
+        assert best_of_six(share_of_bounds, 1) < 1
         wait_until(lambda: gate.reserved() == 0)
         rows = gate.usage()
         gate.stop()
     gate.check_output(gate.output, gate.errors)
     assert {(row.status, row.estimated, row.total) for row in rows} == {("ok", 0, 60)}
-    assert len(rows) == 100 * len(rounds)
-    assert best < 1, rounds
+    assert len(rows) % 100 == 0
 
 
 def test_user_and_gate_have_their_bounds(make_gate: MakeGate) -> None:
@@ -4724,11 +4239,9 @@ def test_user_and_gate_have_their_bounds(make_gate: MakeGate) -> None:
     gate = make_gate(THREADS="64")
     gate.expected_5xx = {503}
     user, other, third = register(gate), register(gate), register(gate)
+    keys = [user.key] * 17 + [other.key] * 16 + [third.key] * 2
     with contextlib.ExitStack() as stack:
-        running = [
-            stack.enter_context(chat(gate, key, "silent", stream=True))
-            for key in [user.key] * 17 + [other.key] * 16 + [third.key] * 2
-        ]
+        running = [stack.enter_context(chat(gate, key, "silent", stream=True)) for key in keys]
         statuses = [answer.status_code for answer in running]
         assert statuses == [200] * 16 + [429] + [200] * 16 + [503] * 2
         assert_error(running[16], 429, "rate_limit_exceeded")
@@ -4740,8 +4253,15 @@ def test_user_and_gate_have_their_bounds(make_gate: MakeGate) -> None:
     wait_until(lambda: chat(gate, user.key).status_code == 200)
 
 
+def open_many_files() -> None:
+    """Let this process have as many connections as it may; often it begins with 1,024."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def test_idle_and_slow_connections_do_no_harm(start_process: StartProcess) -> None:
-    """1,200 that say nothing and 200 that say a byte at a time."""
+    """1,200 that say nothing and 200 that say a byte at a time; all are freed in the end."""
+    open_many_files()
     gate = start_process()
     user = register(gate)
     assert chat(gate, user.key).status_code == 200
@@ -4759,11 +4279,50 @@ def test_idle_and_slow_connections_do_no_harm(start_process: StartProcess) -> No
     assert chat(gate, user.key).status_code == 200
 
 
-def test_request_that_is_too_large_is_refused(gate: Gate) -> None:
-    """2 GB before the first byte of them, 33 MB in chunks, 300 KB of headers; 30 MB pass."""
-    user = register(gate, token_limit=100_000_000)
-    path = "/v1/chat/completions"
-    headers = {"Authorization": f"Bearer {user.key}", "Content-Type": "application/json"}
+def test_few_descriptors_are_no_spinning_loop(start_process: StartProcess, tmp_path: Path) -> None:
+    """`ulimit -n 256` and 400 connections: little CPU, little output, well again at once."""
+    few = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+    gate = start_process(**customized(tmp_path / "code", few))
+    user = register(gate)
+
+    def seconds() -> float:
+        times = Path(f"/proc/{gate.process.pid}/stat").read_text().split()
+        return (int(times[13]) + int(times[14])) / os.sysconf("SC_CLK_TCK")  # user and system mode
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(connected(gate))
+        before = seconds()
+        wait_until(after_seconds(0.6))
+        assert seconds() - before < 0.3
+    assert call(gate, "GET", "/v1/models", user.key, timeout=2).status_code == 200
+    assert sum(path.stat().st_size for path in (gate.log, gate.output, gate.errors)) < 200_000
+
+
+def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProcess) -> None:
+    """31 MB: none without a key, with one it returns; more is refused, before its first byte."""
+    gate = start_process(REGISTRATION="closed")
+    made = run_command(gate, "create-user", "alice", "--token-limit", "50M", stdin=PASSWORD)
+    path, key, json_type = "/v1/chat/completions", made.split()[-1], "application/json"
+    gate.secrets.add(key)
+
+    def most_kb() -> int:
+        status = Path(f"/proc/{gate.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+
+    def ask_without_key(size: int) -> None:
+        body = b'{"username": "' + b"x" * size + b'"}'
+        statuses = {"/auth/token": 413, "/auth/register": 403, "/users/me/keys": 401}
+        for path, status in statuses.items():
+            request = raw_request("POST", path, {"Content-Type": json_type}, body)
+            assert_error(send_raw(gate, request), status)
+
+    assert chat(gate, key).status_code == 200
+    ask_without_key(1 << 20)
+    before = most_kb()
+    ask_without_key(31 << 20)
+    assert most_kb() - before < 5_000
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": json_type}
     declared = raw_request("POST", path, headers | {"Content-Length": str(2 * 10**9)})
     assert_error(send_raw(gate, declared), 413)
     chunk = b"%x\r\n%s\r\n" % (1 << 20, b" " * (1 << 20))
@@ -4771,11 +4330,31 @@ def test_request_that_is_too_large_is_refused(gate: Gate) -> None:
     assert_error(send_raw(gate, begun, *[chunk] * 33, b"0\r\n\r\n"), 413)
     filler = {f"X-Filler-{number}": "x" * 3000 for number in range(100)}
     assert send_raw(gate, raw_request("GET", "/v1/models", filler)).status_code == 431
-    assert gate.upstream.asked() == []
-    messages = [{"role": "user", "content": "x" * (30 << 20)}]
-    answer = chat(gate, user.key, messages=messages)
-    assert answer.status_code == 400
-    assert "maximum context length" in answer.json()["error"]["message"]  # vLLM's own words
+    assert len(gate.upstream.asked()) == 1
+    body = json.dumps(chat_body(messages=[{"role": "user", "content": "x" * (31 << 20)}]))
+    for _ in range(2):
+        answer = post_text(gate, path, key, body)
+        assert answer.status_code == 400
+        assert "maximum context length" in answer.json()["error"]["message"]  # vLLM's own words
+    wait_until(lambda: gate.resident_kb() < before + 20_000, 8)
+
+
+def test_flood_of_logins_does_not_hold_up_keys(start_process: StartProcess) -> None:
+    """300 at once: a key's request is answered in a second, the right login soon after."""
+    gate = start_process()
+    user, json_type = register(gate), {"Content-Type": "application/json"}
+    with contextlib.ExitStack() as stack:
+        flood = [stack.enter_context(connected(gate)) for _ in range(300)]
+        for number, connection in enumerate(flood):
+            body = json.dumps({"username": f"flood-{number}", "password": PASSWORD}).encode()
+            connection.sendall(raw_request("POST", "/auth/token", json_type, body))
+        for _ in range(5):
+            began = time.monotonic()
+            assert call(gate, "GET", "/v1/models", user.key).status_code == 200
+            assert time.monotonic() - began < 1
+        wait_until(lambda: try_login(gate, user.name, PASSWORD).status_code == 200, 15)
+        statuses = Counter(read_reply(connection).status_code for connection in flood)
+    assert set(statuses) == {401, 429} and statuses[401] >= 8
 
 
 ROUTES = [
@@ -4807,6 +4386,7 @@ ODDITIES = [
     "text/plain", "application/x-www-form-urlencoded", "Basic eDp5", "Bearer \xff", "Bearer a.b.c", "@",
     "100-continue", "evil.example", "localhost:99999", "[::1", "localhost,evil", "\r\nFORGED: x",
 ]  # fmt: skip
+ODD_METHODS = ["HEAD", "OPTIONS", "PUT", "TRACE", "get", "G%T", "CONNECT"]
 ODD_PATHS = [
     "*", "//health", "/%00", "/%0d%0aFORGED", "/%e2%80%a8/%1b[2J", "/health/", "/health;x", "/\xff",
     "http://localhost/health", "http://[/health", "/x" + "y" * 60000, "/v1", "/v1/../health", "/ FORGED",
@@ -4826,7 +4406,7 @@ def strange_request(chance: random.Random, key: str, token: str) -> tuple[str, b
         odd = chance.choice(ODDITIES)
         match chance.choice(["method", "path", "header", "field", "field", "field", "body"]):
             case "method":
-                method = chance.choice(["HEAD", "OPTIONS", "PUT", "TRACE", "get", "G%T", "CONNECT"])
+                method = chance.choice(ODD_METHODS)
             case "path":
                 path = chance.choice(ODD_PATHS)
             case "header":
@@ -4873,250 +4453,19 @@ def test_no_request_breaks_the_gate(start_process: StartProcess) -> None:
                 continue
             if method == "HEAD":
                 assert reply.headers["Content-Type"] == "application/json"
-            elif b'"param"' in reply.content:
-                assert_error(reply, reply.status_code)
             else:
-                refused("messages", reply, reply.status_code)
-                assert b" /v1/messages" in request[:20]
+                endpoint = "chat/completions" if b'"param"' in reply.content else "messages"
+                refused(endpoint, reply, reply.status_code)
+                assert endpoint != "messages" or b" /v1/messages" in request[:20]
         except AssertionError as error:
-            raise AssertionError(f"{error} after {request[:3000]!r}") from error
+            error.add_note(f"after {request[:3000]!r}")
+            raise
     assert call(gate, "GET", "/health").status_code == 200
     assert {200, 201, 400, 401, 404, 405, 409, 415} <= set(statuses), statuses
     assert {f"POST {x.path}" for x in gate.upstream.asked()} <= set(ROUTES)
     lines = gate.log.read_bytes().split(b"\n")
     assert len(lines) > 250 and all(line.decode().isprintable() for line in lines)
     assert not any(line.startswith(b"FORGED") for line in lines)
-
-
-def test_no_secret_is_written_anywhere(start_process: StartProcess) -> None:
-    """Passwords, keys, JWTs, prompts, answers: in no log, no output, no usage row."""
-    gate = start_process()
-    user = register(gate)
-    token = login(gate, user)
-    key = replace_key(gate, token)
-    gate.expected_5xx = {502}
-    for model in ("ok", "e400", "e401", "e500", "nousage", "badusage", "badjson", "die", "nope"):
-        for stream in (False, True):
-            with chat(gate, key, model, stream=stream) as answer:
-                assert answer.content
-    chat(gate, user.key)
-    chat(gate, key, priority=1)
-    call(gate, "GET", f"/users/me?token={token}")
-    call(gate, "GET", f"/v1/models/none?key={key}", key)
-    typed_wrong = {"username": PASSWORD + "!", "password": PASSWORD}
-    call(gate, "POST", "/auth/token", data=typed_wrong)
-    call(gate, "POST", "/auth/register", json={"username": user.name, "password": PASSWORD})
-    gate.settle()
-    gate.secrets |= {JWT_SECRET, (gate.directory / "llmgate.secret").read_text().strip()}
-    stored = "".join(str(gate.rows(f"SELECT * FROM {name}")) for name in TABLES)
-    assert [secret for secret in gate.secrets if secret in stored] == []
-    gate.stop()
-    gate.check_output(gate.output, gate.errors)
-
-
-TABLES = ["users", "api_keys", "usage", "login_attempts", "quota_periods"]
-
-
-def test_first_start_makes_private_files_and_the_second_keeps_them(
-    start_process: StartProcess, tmp_path: Path
-) -> None:
-    """0600 under any umask; the old JWT and key still work."""
-    old_umask = os.umask(0o022)
-    try:
-        gate = start_process()
-    finally:
-        os.umask(old_umask)
-    user = register(gate)
-    token = login(gate, user)
-    assert chat(gate, user.key).status_code == 200
-    made = {
-        path.name: stat.S_IMODE(path.stat().st_mode)
-        for path in tmp_path.iterdir()
-        if path.name not in ("stdout", "stderr")
-    }
-    assert {"llmgate.db", "llmgate.db-wal", "llmgate.db-shm"} < set(made)
-    assert {"llmgate.secret", "server.log"} < set(made)
-    assert set(made.values()) == {0o600}, made
-    gate.settle()
-    gate.stop()
-    again = start_process()
-    again.secrets |= gate.secrets
-    assert call(again, "GET", "/users/me", token).json()["api_key"] == user.key
-    assert chat(again, user.key).status_code == 200
-
-
-class MixedLoad:
-    """Requests of all kinds by several users at once, from a seed."""
-
-    def __init__(self, gate: Gate, users: list[User], seed: int) -> None:
-        """Keep the users' keys, which change on the way."""
-        self.gate, self.users, self.seed = gate, users, seed
-        self.keys = [user.key for user in users]
-        self.tokens = [login(gate, user) for user in users]
-        gate.expected_5xx |= {502}
-
-    def run(self, workers: int, until: Callable[[], bool]) -> None:
-        """Let `workers` threads send requests until the condition holds."""
-
-        def work(number: int) -> None:
-            chance = random.Random(self.seed * 1000 + number)
-            while not until():
-                who = chance.randrange(len(self.users))
-                kinds = [self.ask, self.leave, self.fail, self.new_key]
-                chance.choices(kinds, [60, 25, 12, 3])[0](chance, who)
-
-        in_parallel(workers, work)
-
-    def fields(self, chance: random.Random) -> JSONObject:
-        """Return fields that change the cost."""
-        asked: JSONObject = {"max_tokens": chance.choice([None, 1, 5, 20, 4000])}
-        if chance.random() < 0.2:
-            asked["n"] = chance.randint(2, 4)
-        return asked
-
-    def ask(self, chance: random.Random, who: int) -> None:
-        """A chat, read to its end; a refusal must be one that README knows."""
-        stream = chance.random() < 0.5
-        models = ["ok", "lumpy", "echo", "paced", "badusage", "org/tiny", "llm-user-managed"]
-        asked = self.fields(chance) | {"stream": stream}
-        with chat(self.gate, self.keys[who], chance.choice(models), **asked) as answer:
-            if answer.status_code != 200:
-                assert answer.json()["error"]["code"] in (
-                    "insufficient_quota", "quota_reserved", "rate_limit_exceeded", "invalid_api_key"
-                ), answer.text  # fmt: skip
-            elif stream:
-                assert list(stream_events(answer))[-1] == b"data: [DONE]\n\n"
-
-    def leave(self, chance: random.Random, who: int) -> None:
-        """A chat whose client leaves somewhere."""
-        model = chance.choice(["ok", "slow", "silent", "paced"])
-        body = chat_body(model, stream=True, **self.fields(chance))
-        if chance.random() < 0.2:
-            body = chat_body("slow", max_tokens=5)
-        with connected(self.gate) as connection:
-            connection.sendall(raw_chat(self.keys[who], body))
-            connection.settimeout(chance.uniform(0, 0.3))
-            with contextlib.suppress(TimeoutError):
-                for _ in range(chance.randrange(6)):
-                    connection.recv(400)
-            if chance.random() < 0.5:
-                leave_with_reset(connection)
-
-    def fail(self, chance: random.Random, who: int) -> None:
-        """A request at which vLLM fails, or that is refused."""
-        model = chance.choice(["e400", "e500", "die", "dieclean", "badjson", "midstream", "nope"])
-        with chat(self.gate, self.keys[who], model, stream=chance.random() < 0.5) as answer:
-            assert answer.status_code in (200, 400, 401, 404, 429, 502)
-            assert answer.content
-
-    def new_key(self, chance: random.Random, who: int) -> None:
-        """A new key; the old one may be in use."""
-        self.keys[who] = replace_key(self.gate, self.tokens[who])
-
-
-def test_mixed_load_leaves_the_books_right(make_gate: MakeGate) -> None:
-    """A few hundred requests of all kinds: vLLM's own count, rows and counters agree."""
-    gate = make_gate()
-    limits = [600, 3000, 20_000, 1_000_000, 1_000_000]
-    users = [register(gate, token_limit=limit) for limit in limits]
-    MixedLoad(gate, users, seed=7).run(workers=12, until=after_requests(400))
-    gate.settle(5)
-    counted = gate.upstream.tokens()
-    exact = [row for row in gate.usage() if not row.estimated]
-    assert sum(row.total for row in exact) == sum(counted.get(row.request_id, 0) for row in exact)
-    assert len(exact) > 150
-    for user, limit in zip(users, limits, strict=True):
-        assert 0 < gate.tokens_used(user) <= limit
-
-
-@soak
-@pytest.mark.skipif("'soak' not in config.option.markexpr", reason="ten minutes; give -m soak")
-def test_ten_minutes_of_mixed_load(start_process: StartProcess) -> None:
-    """The same for ten minutes; after each the books are right, and nothing has grown."""
-    seconds = float(os.environ.get("LLMGATE_TEST_SOAK_S", "600"))
-    gate = start_process()
-    users = [register(gate, token_limit=100_000_000) for _ in range(8)]
-    load = MixedLoad(gate, users, seed=8)
-    gate.upstream.keeps_bytes = False
-    sizes = []
-    for minute in range(1, 11):
-        load.run(workers=12, until=after_seconds(seconds / 10))
-        gate.settle(10)
-        sizes.append((gate.resident_kb(), gate.descriptors(), gate.threads()))
-        rows = len(gate.rows("SELECT 1 FROM usage"))
-        print("minute {}: {} rows, {} kB, {} files, {} threads".format(minute, rows, *sizes[-1]))
-    kilobytes, descriptors, threads = sizes[0]
-    for later in sizes[1:]:
-        assert later[0] < kilobytes + 30_000
-        assert later[1] <= descriptors + 12  # connections of callers who came at the same time
-        assert later[2] <= threads + 12
-
-
-def test_flood_of_logins_does_not_hold_up_keys(start_process: StartProcess) -> None:
-    """300 at once: a key's request is answered in a second, the right login soon after."""
-    gate = start_process()
-    user, json_type = register(gate), {"Content-Type": "application/json"}
-    with contextlib.ExitStack() as stack:
-        flood = [stack.enter_context(connected(gate)) for _ in range(300)]
-        for number, connection in enumerate(flood):
-            body = json.dumps({"username": f"flood-{number}", "password": PASSWORD}).encode()
-            connection.sendall(raw_request("POST", "/auth/token", json_type, body))
-        for _ in range(5):
-            began = time.monotonic()
-            assert call(gate, "GET", "/v1/models", user.key).status_code == 200
-            assert time.monotonic() - began < 1
-        wait_until(lambda: try_login(gate, user.name, PASSWORD).status_code == 200, 15)
-        statuses = Counter(read_reply(connection).status_code for connection in flood)
-    assert set(statuses) == {401, 429} and statuses[401] >= 8
-
-
-def most_kb(gate: ProcessGate) -> int:
-    """Return the most memory that the process ever held."""
-    return int(
-        re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{gate.process.pid}/status").read_text())[0]
-    )
-
-
-def test_large_bodies_leave_no_memory_behind(start_process: StartProcess) -> None:
-    """31 MB without a key take none, 413 or 403 where registration is closed; with a key it returns."""
-    gate = start_process(REGISTRATION="closed")
-    key = run_command(gate, "create-user", "alice", "--token-limit", "50M", stdin=PASSWORD).split()[
-        -1
-    ]
-    gate.secrets.add(key)
-    large = b'{"username": "' + b"x" * (31 << 20) + b'"}'
-    statuses = {"/auth/token": 413, "/auth/register": 403, "/users/me/keys": 401}
-
-    def ask_all(body: bytes) -> None:
-        for path, status in statuses.items():
-            headers = {"Content-Type": "application/json"}
-            assert_error(send_raw(gate, raw_request("POST", path, headers, body)), status)
-
-    assert chat(gate, key).status_code == 200
-    ask_all(large[: 1 << 20])
-    before = most_kb(gate)
-    ask_all(large)
-    assert most_kb(gate) - before < 5_000
-    messages = [{"role": "user", "content": "x" * (31 << 20)}]
-    for _ in range(3):
-        assert chat(gate, key, messages=messages).status_code == 400
-    wait_until(lambda: gate.resident_kb() < before + 20_000, 8)
-
-
-def test_few_descriptors_are_no_spinning_loop(start_process: StartProcess, tmp_path: Path) -> None:
-    """`ulimit -n 256` and 400 connections: little CPU, little output, well again at once."""
-    few = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
-    gate = start_process(**customized(tmp_path / "code", few))
-    user, times = register(gate), Path(f"/proc/{gate.process.pid}/stat")
-    with contextlib.ExitStack() as stack:
-        for _ in range(400):
-            stack.enter_context(connected(gate))
-        before = times.read_text().split()[13:15]  # in user and in system mode, in ticks
-        wait_until(after_seconds(1))
-        ticks = sum(map(int, times.read_text().split()[13:15])) - sum(map(int, before))
-    assert ticks / os.sysconf("SC_CLK_TCK") < 0.5
-    assert call(gate, "GET", "/v1/models", user.key, timeout=2).status_code == 200
-    assert sum(path.stat().st_size for path in (gate.log, gate.output, gate.errors)) < 200_000
 
 
 def test_names_cannot_steer_a_terminal(start_process: StartProcess) -> None:
@@ -5130,15 +4479,154 @@ def test_names_cannot_steer_a_terminal(start_process: StartProcess) -> None:
         change(gate, "UPDATE api_keys SET name = ?", evil)  # as an older gate let it in
         assert chat(gate, user.key, evil).status_code == 200
         gate.settle()
+        asked = {f"usage {user.name}": 0, f"keys {user.name}": 0}
+        shown = outputs(gate.directory, gate.env, asked)
         text = {"Accept": "text/plain"}
-        shown = [call(gate, "GET", "/users/usage", user.key, headers=text).text]
-        for arguments in (("usage", user.name), ("keys", user.name), ("usage",)):
-            shown.append(run_command(gate, *arguments))
+        shown.append(call(gate, "GET", "/users/usage", user.key, headers=text).text)
+        assert all("evil" in said for said in shown)
         gate.stop()
-    assert all("evil" in said for said in shown[:3])
     shown += [path.read_text() for path in (gate.log, gate.output, gate.errors)]
     for line in "\n".join(shown).split("\n"):
         assert line.isprintable() and not line.startswith("name"), line
+
+
+TABLES = ["users", "api_keys", "usage", "login_attempts", "quota_periods"]
+
+
+def test_files_are_private_and_hold_no_secret(start_process: StartProcess, tmp_path: Path) -> None:
+    """0600 under any umask, at the second start JWT and key still work, never without the secret."""
+    old_umask = os.umask(0o022)
+    try:
+        gate = start_process()
+    finally:
+        os.umask(old_umask)
+    gate.expected_5xx = {502}
+    user = register(gate)
+    token = login(gate, user)
+    key = replace_key(gate, token)
+    for model in ("ok", "e400", "e401", "e500", "nousage", "badusage", "badjson", "die", "nope"):
+        for stream in (False, True):
+            with chat(gate, key, model, stream=stream) as answer:
+                assert answer.content
+    chat(gate, user.key)
+    chat(gate, key, priority=1)
+    call(gate, "GET", f"/users/me?token={token}")
+    call(gate, "GET", f"/v1/models/none?key={key}", key)
+    typed_wrong = {"username": PASSWORD + "!", "password": PASSWORD}
+    call(gate, "POST", "/auth/token", data=typed_wrong)
+    call(gate, "POST", "/auth/register", json={"username": user.name, "password": PASSWORD})
+    gate.settle()
+    made = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert {made.pop(name) for name in ("stdout", "stderr")} == {0o644}  # such is the umask here
+    assert set(made.values()) == {0o600}, made
+    assert {"llmgate.db", "llmgate.db-wal", "llmgate.db-shm"} < set(made)
+    assert {"llmgate.secret", "server.log"} < set(made)
+    gate.secrets |= {JWT_SECRET, (tmp_path / "llmgate.secret").read_text().strip()}
+    stored = "".join(str(gate.rows(f"SELECT * FROM {name}")) for name in TABLES)
+    assert [secret for secret in gate.secrets if secret in stored] == []
+    gate.stop()
+    gate.check_output(gate.output, gate.errors)
+    kept = (tmp_path / "llmgate.secret").rename(tmp_path / "kept")
+    assert "llmgate.secret" in refusal(tmp_path)
+    assert not (tmp_path / "llmgate.secret").exists()  # or no key could be shown again
+    kept.rename(tmp_path / "llmgate.secret")
+    again = start_process()
+    again.secrets |= gate.secrets
+    assert call(again, "GET", "/users/me", token).json()["api_key"] == key
+    assert chat(again, key).status_code == 200
+
+
+GOOD_MODELS = ["ok", "lumpy", "echo", "paced", "badusage", "org/tiny", "llm-user-managed"]
+BAD_MODELS = ["e400", "e500", "die", "dieclean", "badjson", "midstream", "nope"]
+REFUSALS = ("insufficient_quota", "quota_reserved", "rate_limit_exceeded", "invalid_api_key")
+
+
+def mixed_load(gate: Gate, users: list[User], workers: int, until: Callable[[], bool]) -> None:
+    """Let `workers` threads chat, hang up and take new keys until the condition holds."""
+    gate.expected_5xx |= {502}
+    tokens = [login(gate, user) for user in users]
+    keys = [call(gate, "GET", "/users/me", token).json()["api_key"] for token in tokens]
+
+    def ask(chance: random.Random, key: str, **asked: object) -> None:
+        """To the end, also where vLLM fails; README knows why the gate refuses."""
+        good, stream = chance.random() < 0.83, chance.random() < 0.5
+        model = chance.choice(GOOD_MODELS if good else BAD_MODELS)
+        with chat(gate, key, model, stream=stream, **asked) as answer:
+            if answer.status_code != 200:
+                code = answer.json()["error"]["code"]
+                assert code in REFUSALS or not good, answer.text
+            elif stream:
+                last = list(stream_events(answer))[-1]
+                assert last == b"data: [DONE]\n\n" or not good
+
+    def leave(chance: random.Random, key: str, **asked: object) -> None:
+        """Somewhere, with FIN or RST."""
+        model = chance.choice(["ok", "slow", "silent", "paced"])
+        body = chat_body(model, stream=True, **asked)
+        if chance.random() < 0.2:
+            body = chat_body("slow", max_tokens=5)
+        with connected(gate) as connection:
+            connection.sendall(raw_chat(key, body))
+            connection.settimeout(chance.uniform(0, 0.3))
+            with contextlib.suppress(TimeoutError):
+                for _ in range(chance.randrange(6)):
+                    connection.recv(400)
+            if chance.random() < 0.5:
+                leave_with_reset(connection)
+
+    def work(number: int) -> None:
+        chance = random.Random(number)
+        while not until():
+            who = chance.randrange(len(users))
+            if chance.random() < 0.03:
+                keys[who] = replace_key(gate, tokens[who])  # the old one may be in use
+            bound, choices = chance.choice([None, 1, 5, 20, 4000]), chance.choice([1, 1, 1, 1, 3])
+            act = chance.choice([ask, ask, ask, leave])
+            act(chance, keys[who], max_tokens=bound, n=choices)
+
+    in_parallel(workers, work)
+
+
+def test_mixed_load_leaves_the_books_right(shared_env: dict[str, str], make_gate: MakeGate) -> None:
+    """A few hundred requests of all kinds: vLLM's own count, rows, counters and `check` agree."""
+    gate = make_gate(**shared_env)
+    limits = [600, 3000, 20_000, 1_000_000, 1_000_000]
+    users = [register(gate, token_limit=limit) for limit in limits]
+    mixed_load(gate, users, workers=12, until=after_requests(250))
+    gate.settle(5)
+    counted = gate.upstream.tokens()
+    exact = [row for row in gate.usage() if not row.estimated]
+    assert sum(row.total for row in exact) == sum(counted.get(row.request_id, 0) for row in exact)
+    assert len(exact) > 90
+    for user, limit in zip(users, limits, strict=True):
+        assert 0 < gate.tokens_used(user) <= limit
+    report = call(gate, "GET", "/users/usage", login(gate, users[0])).json()
+    assert report["tokens_used"] == gate.tokens_used(users[0])
+    assert "user-" not in run_command(gate, "check")
+    body = {"username": users[0].name.upper(), "password": PASSWORD}
+    assert_error(call(gate, "POST", "/auth/register", json=body), 409, "username_taken")
+
+
+@soak
+@pytest.mark.skipif("'soak' not in config.option.markexpr", reason="ten minutes; give -m soak")
+def test_ten_minutes_of_mixed_load(start_process: StartProcess) -> None:
+    """The same for ten minutes; after each the books are right, and nothing has grown."""
+    seconds = float(os.environ.get("LLMGATE_TEST_SOAK_S", "600"))
+    gate = start_process()
+    users = [register(gate, token_limit=100_000_000) for _ in range(8)]
+    gate.upstream.keeps_bytes = False
+    sizes = []
+    for minute in range(1, 11):
+        mixed_load(gate, users, workers=12, until=after_seconds(seconds / 10))
+        gate.settle(10)
+        sizes.append((gate.resident_kb(), gate.descriptors(), gate.threads()))
+        rows = len(gate.rows("SELECT 1 FROM usage"))
+        print("minute {}: {} rows, {} kB, {} files, {} threads".format(minute, rows, *sizes[-1]))
+    kilobytes, descriptors, threads = sizes[0]
+    for later in sizes[1:]:
+        assert later[0] < kilobytes + 30_000
+        assert later[1] <= descriptors + 12  # connections of callers who came at the same time
+        assert later[2] <= threads + 12
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5161,34 +4649,11 @@ def test_bad_setting_is_named_and_not_echoed() -> None:
         assert "secret-marker" not in str(raised.value)
     with pytest.raises(llmgate.SettingsError, match="REGISTRATION_TOKEN"):
         llmgate.Settings.from_env({"REGISTRATION": "invite"})
-    outside = {"HOST": "0.0.0.0"}
-    assert llmgate.Settings.from_env({}).registration == "open"
-    assert llmgate.Settings.from_env(outside).registration == "closed"
-    assert llmgate.Settings.from_env(outside | {"REGISTRATION": "open"}).registration == "open"
-
-
-def test_start_that_cannot_be_is_one_line(start_process: StartProcess, tmp_path: Path) -> None:
-    """A bad value, a port in use, users but no secret; a database that is away may come back.
-
-    So that is exit status 1, for a service manager; without psycopg it is 2, and what to install.
-    """
-    other = tmp_path / "other"
-    other.mkdir()
-    assert "JWT_SECRET_KEY" in refusal(other, JWT_SECRET_KEY="short")
-    assert "LOG_FILE" in refusal(other, LOG_FILE="/no-such-directory/server.log")
-    away = {"DATABASE_URL": "postgresql+psycopg://nobody@/x?host=/no-such-directory"}
-    away["JWT_SECRET_KEY"] = "x" * 32
-    if importlib.util.find_spec("psycopg"):
-        assert "database does not answer" in refusal(other, 1, **away)
-    else:
-        assert "pip install 'psycopg[binary]'" in refusal(other, 2, **away)
-    gate = start_process()
-    register(gate)
-    assert "PORT" in refusal(other, PORT=str(gate.address[1]))
-    gate.stop()
-    (tmp_path / "llmgate.secret").unlink()
-    assert "llmgate.secret" in refusal(tmp_path)
-    assert not (tmp_path / "llmgate.secret").exists()
+    settings, outside = llmgate.Settings.from_env, {"HOST": "0.0.0.0"}
+    assert settings({}).registration == "open"
+    assert settings(outside).registration == "closed"
+    assert settings(outside | {"REGISTRATION": "open"}).registration == "open"
+    assert settings({"DEFAULT_TOKEN_LIMIT": "5"}).max_token_limit == 5  # so it bounds grants, too
 
 
 def test_every_setting_is_documented() -> None:
@@ -5200,8 +4665,51 @@ def test_every_setting_is_documented() -> None:
         assert re.search(rf"\b{name}\b", readme.read_text()), name
 
 
+def test_start_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    """A bad value, a port in use, a name in .env that is nearly a setting's, with what was meant.
+
+    A database that is away may come back: exit status 1, for a service manager. Without psycopg
+    it is 2, and what to install.
+    """
+    taken = socket.create_server(("127.0.0.1", 0))
+    away = {"DATABASE_URL": "postgresql+psycopg://nobody@/x?host=/no-such-directory"}
+    away["JWT_SECRET_KEY"] = "x" * 32
+    said_of_it = "pip install 'psycopg[binary]'"
+    if importlib.util.find_spec("psycopg"):
+        said_of_it = "database does not answer"
+    cases: list[tuple[list[str], dict[str, str], str]] = [  # what is said, settings, .env
+        (["LOG_FILE"], {"LOG_FILE": "/no-such-directory/server.log"}, ""),
+        (["PORT"], {"PORT": str(taken.getsockname()[1])}, ""),
+        (["REGISTRATON", "REGISTRATION"], {}, "REGISTRATON=closed\n"),
+        (["MODELS_ALIASES", "MODEL_ALIASES"], {}, "MODELS_ALIASES=my=ok\n"),
+        ([said_of_it], away, ""),
+    ]
+
+    def start(number: int) -> None:
+        words, settings, text = cases[number]
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        (directory / ".env").write_text(text)
+        said = refusal(directory, 1 if "not answer" in words[0] else 2, **settings)
+        assert all(word in said for word in words), said
+
+    with taken:
+        in_parallel(len(cases), start)
+
+
+def test_env_file_with_a_secret_is_made_private(tmp_path: Path) -> None:
+    """And a warning; else it is left alone. Names like no setting are somebody else's."""
+    others = "THREADS=90\nCOMPOSE_PROJECT_NAME=x\nLLMGATE_API_KEY=x\n"
+    for text, mode in ((f"JWT_SECRET_KEY={JWT_SECRET}\n", 0o600), (others, 0o644)):
+        (tmp_path / ".env").write_text(text)
+        (tmp_path / ".env").chmod(0o644)
+        said = command(tmp_path, {}, "create-tables").stderr
+        assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == mode
+        assert (".env" in said) == (mode == 0o600) and JWT_SECRET not in said
+
+
 def test_usage_report_adds_up(gate: Gate) -> None:
-    """By model, key and day, and the last rows; of the caller only. Its parameter is strict."""
+    """By model, key and day, with the last rows; of the caller only; drawn for curl."""
     user, other = register(gate, token_limit=10_000), register(gate)
     for model in ("ok", "org/tiny", "ok"):
         assert chat(gate, user.key, model, max_tokens=5).status_code == 200
@@ -5222,22 +4730,15 @@ def test_usage_report_adds_up(gate: Gate) -> None:
     assert (report["tokens_used"], report["requests"], report["recent"]) == (0, 0, [])
     for days in ("0", "-1", "many", "1.5", "", "99999999999"):
         assert_error(call(gate, "GET", f"/users/usage?days={days}", user.key), 400, param="days")
-
-
-def test_usage_report_is_drawn_for_curl(gate: Gate) -> None:
-    """Accept: text/plain: a table and a bar within 80 columns; JSON also says what is reserved."""
-    user = register(gate)
-    with chat(gate, user.key, "silent", stream=True, max_tokens=100) as running:
-        events = stream_events(running)  # held: a generator that is dropped closes its connection
-        next(events)
+    with chat(gate, user.key, "silent", stream=True, max_tokens=100):
         report = call(gate, "GET", "/users/usage", user.key).json()
         headers = {"Accept": "text/plain"}
-        answer = call(gate, "GET", "/users/usage", user.key, headers=headers)
-    assert report["reserved"] >= 100 and report["recent"][0]["status"] == "pending"
-    assert answer.headers["Content-Type"].startswith("text/plain")
-    text = answer.content.decode()
-    assert user.name in text and time.strftime("%Y-%m-%d", time.gmtime()) in text
-    assert max(len(line) for line in text.splitlines()) <= 80
+        drawn = call(gate, "GET", "/users/usage", user.key, headers=headers)
+    assert report["reserved"] >= 100
+    assert sorted(row["status"] for row in report["recent"]) == ["ok"] * 4 + ["pending"]
+    assert drawn.headers["Content-Type"].startswith("text/plain")
+    text = drawn.content.decode()
+    assert user.name in text and day["date"] in text and max(map(len, text.splitlines())) <= 80
 
 
 MANY_ROWS = """
@@ -5262,24 +4763,24 @@ def test_usage_report_of_many_rows_comes_at_once(gate: Gate) -> None:
     change(gate, "DROP INDEX usage_by_day")
     assert quickest < 0.6 * best_of_six(seconds, 0)
     assert quickest < 0.5
+    change(gate, "DELETE FROM usage")  # the books would be read for a second
 
 
 def test_opencode_configuration_is_complete(make_gate: MakeGate) -> None:
     """Every model with its limits; the key comes from the environment. Discovery may be off."""
     gate = make_gate()
-    user = register(gate)
-    config = call(gate, "GET", "/opencode.json", user.key).json()
-    (provider,) = config["provider"].values()
+    config = call(gate, "GET", "/opencode.json", register(gate).key).json()
+    ((name, provider),) = config["provider"].items()
     assert provider["options"]["baseURL"] == f"{gate.url}/v1"
     assert provider["options"]["apiKey"] == "{env:LLMGATE_API_KEY}"
-    assert set(provider["models"]) == {*BEHAVIOURS, "llm-user-managed"}
-    for model in provider["models"].values():
+    models = provider["models"]
+    assert set(models) == {*BEHAVIOURS, "llm-user-managed"}
+    for model in models.values():
         assert 0 < model["limit"]["output"] <= model["limit"]["context"]
         assert model["tool_call"] is True
-    assert provider["models"]["ok"]["limit"]["context"] == MAX_MODEL_LEN
-    assert provider["models"]["long"]["limit"]["context"] == 131072
-    name, _, model = config["model"].partition("/")
-    assert name in config["provider"] and model in provider["models"]
+    assert models["ok"]["limit"]["context"] == MAX_MODEL_LEN
+    assert models["long"]["limit"]["context"] == 131072
+    assert config["model"] in [f"{name}/{model}" for model in models]
     assert_error(call(gate, "GET", "/opencode.json"), 401)
     shown = call(gate, "GET", "/.well-known/opencode").json()
     assert shown["auth"]["env"] == "LLMGATE_API_KEY"
@@ -5307,94 +4808,118 @@ COMMANDS = [
     "create-tables", "create-user", "users", "usage", "set-limit", "reset-usage", "disable", "enable",
     "set-password", "check", "keys",
 ]  # fmt: skip
+COMMANDS_FOR_LATER = ["users", "usage", "set-limit bob 5", "reset-usage --all", "check", "keys bob"]
 
 
-def test_help_explains_every_command(tmp_path: Path) -> None:
-    """Asking for help makes no file, nor does a word that is no command."""
-    text = command(tmp_path, {}, "--help").stdout
+def outputs(directory: Path, env: Mapping[str, str], asked: dict[str, int]) -> list[str]:
+    """Run commands side by side, each of which must exit with its status; return what they say."""
+
+    def run(number: int) -> str:
+        arguments, status = list(asked.items())[number]
+        ended = command(directory, env, *arguments.split(), stdin=f"{PASSWORD}\n", status=status)
+        return (ended.stdout + ended.stderr).strip()
+
+    return in_parallel(len(asked), run)
+
+
+def test_command_in_an_empty_folder_makes_nothing(tmp_path: Path) -> None:
+    """Help explains every command; one for later is status 1, where it would be called a success."""
+    asked = {"--help": 0, "create-user --help": 0, "--version": 0, "no-such-command": 2}
+    asked |= dict.fromkeys(COMMANDS_FOR_LATER, 1)
+    text, of_one, version, wrong, *refused = outputs(tmp_path, {}, asked)
     for name in COMMANDS:
         assert re.search(rf"^\s+{name}\b.*\w", text, re.MULTILINE), name
-    assert "--token-limit" in command(tmp_path, {}, "create-user", "--help").stdout
-    assert command(tmp_path, {}, "no-such-command", status=2).stderr
+    assert "--token-limit" in of_one and wrong
+    assert re.search(r"llmgate\D+\d+\.\d+", version)
+    for said in refused:
+        assert len(said.splitlines()) == 1 and "llmgate.db" in said
     assert list(tmp_path.iterdir()) == []
-    command(tmp_path, {}, "create-tables")
+    command(tmp_path, {}, "create-tables")  # which is for an empty folder
     assert query(f"sqlite:///{tmp_path / 'llmgate.db'}", "SELECT count(*) FROM users") == [(0,)]
     assert stat.S_IMODE((tmp_path / "llmgate.db").stat().st_mode) == 0o600
 
 
 def test_operator_manages_users_while_the_gate_runs(gate: Gate) -> None:
-    """create-user, users, usage, set-password, each seen by the running gate."""
-    made = run_command(gate, "create-user", "olga", "--token-limit", "777", stdin=PASSWORD + "\n")
-    key = re.search(r"sk-llmgate-\w+", made)
-    assert key
-    gate.secrets.add(key[0])
-    user = User(1, "olga", PASSWORD, key[0])
-    assert me(gate, user)["token_limit"] == 777
-    assert chat(gate, user.key, max_tokens=5).status_code == 200
+    """Each command is seen at once. A limit may be typed short, or as a command printed it."""
+    made = run_command(gate, "create-user", "olga", "--token-limit", "2M", stdin=PASSWORD + "\n")
+    user, other = User(1, "olga", PASSWORD, made.split()[-1]), register(gate)
+    gate.secrets.add(user.key)
+    assert me(gate, user)["token_limit"] == 2_000_000
+    printed = run_command(gate, "set-limit", "olga", "50k")
+    run_command(gate, "set-limit", other.name, re.findall(r"\d[\w,]*", printed)[0])
+    assert [me(gate, who)["token_limit"] for who in (user, other)] == [50_000] * 2
+    token, body = login(gate, user), {"name": "laptop"}
+    key = call(gate, "POST", "/users/me/keys", token, json=body).json()["api_key"]
+    gate.secrets.add(key)
+    assert chat(gate, key, max_tokens=5).status_code == 200
     gate.settle()
-    assert re.search(r"olga\b.*\b15\b.*\b777\b", run_command(gate, "users"))
-    assert "ok" in run_command(gate, "usage", "olga")
-    token = login(gate, user)
+    shown = run_command(gate, "keys", "olga")
+    (number,) = re.findall(r"^\s*(\d+)\b.*laptop.*\b15\b", shown, re.MULTILINE)
+    assert user.key not in shown and key not in shown
+    assert "laptop" not in run_command(gate, "keys", "olga", "--revoke", number)
+    assert_error(chat(gate, key), 401, "invalid_api_key")
+    assert chat(gate, user.key).status_code == 200
     run_command(gate, "set-password", "olga", stdin=PASSWORD + "-2\n")
     assert_error(call(gate, "GET", "/users/me", token), 401)
     assert try_login(gate, "olga", PASSWORD + "-2").status_code == 200
 
 
 def test_command_that_cannot_be_done_says_so(gate: Gate) -> None:
-    """One line and a status that a script can see: for nobody, and for a name that is taken."""
-    register(gate, "paul")
-    for arguments in (
-        ("set-limit", "nobody", "5"),
-        ("reset-usage", "nobody"),
-        ("create-user", "PAUL"),
-    ):
-        stdin = PASSWORD + "\n"
-        said = command(gate.directory, gate.env, *arguments, stdin=stdin, status=1).stderr
-        assert said.strip(), arguments
+    """One line and a status that a script can see; nor is a key revoked in another's name."""
+    paul, other = register(gate, "paul"), register(gate, "rita")
+    asked = {"set-limit nobody 5": 1, "reset-usage nobody": 1, "create-user PAUL": 1}
+    asked |= {"set-limit paul 0k": 2, "set-limit paul 5x": 2, "keys rita --revoke 1": 1}
+    for said, status in zip(outputs(gate.directory, gate.env, asked), asked.values(), strict=True):
+        assert len(said.splitlines()) == 1 or (said and status == 2), said
+    assert chat(gate, paul.key).status_code == 200
+    assert me(gate, paul)["token_limit"] == me(gate, other)["token_limit"]
 
 
-def test_check_finds_what_differs_and_reset_keeps_the_rows(gate: Gate) -> None:
-    """It recounts tokens_used from the rows; `reset-usage --all` balances them by one more."""
-    users = [register(gate), register(gate)]
-    for user in users:
-        assert chat(gate, user.key).status_code == 200
+def test_operator_sees_all_users_and_resets_them(gate: Gate) -> None:
+    """`usage` draws the heaviest first; `check` recounts the rows, `reset-usage --all` keeps them."""
+    users = [register(gate, name, token_limit=100) for name in ("ann.x", "bob.x", "cyd.x")]
+    for at in (0, 1, 1, 1, 2, 2):
+        assert chat(gate, users[at].key, max_tokens=20).status_code == 200
     gate.settle()
-    assert users[0].name not in run_command(gate, "check")
-    change(gate, "UPDATE users SET tokens_used = tokens_used + 7 WHERE id = ?", users[0].id)
-    ended = command(gate.directory, gate.env, "check", status=1)
-    assert users[0].name in ended.stdout + ended.stderr
-    assert users[1].name not in ended.stdout + ended.stderr
-    change(gate, "UPDATE users SET tokens_used = tokens_used - 7 WHERE id = ?", users[0].id)
+    assert re.search(r"bob\.x +90 +100\b", run_command(gate, "users"))
+    lines = run_command(gate, "usage").splitlines()
+    found = [line for line in lines if ".x" in line]
+    assert re.findall(r"\w+(?=\.x)", "".join(found)) == ["bob", "cyd", "ann"]
+    bars = [line.count("█") for line in found]
+    assert bars == sorted(bars, reverse=True) and bars[0] > bars[1] > 0
+    assert re.search(r"\b3 +30 +60\b", found[0]) and max(map(len, lines)) <= 80
+    add = "UPDATE users SET tokens_used = tokens_used + ? WHERE username = 'bob.x'"
+    change(gate, add, 7)
+    (said,) = outputs(gate.directory, gate.env, {"check": 1})
+    assert "bob.x" in said and "ann.x" not in said
+    change(gate, add, -7)
     run_command(gate, "reset-usage", "--all")
-    assert [gate.tokens_used(user) for user in users] == [0, 0]
-    assert len([row for row in gate.usage() if row.endpoint == "chat/completions"]) == 2
+    assert [gate.tokens_used(user) for user in users] == [0, 0, 0]
+    assert len([row for row in gate.usage() if row.endpoint == "chat/completions"]) == 6
     assert call(gate, "GET", "/users/usage", users[0].key).json()["tokens_used"] == 0
 
 
-def structure(url: str) -> dict[str, object]:
-    """Return what a database says of its tables, without the names of constraints."""
-    engine = sqlalchemy.create_engine(url)
-    inspector = sqlalchemy.inspect(engine)
-    found: dict[str, object] = {}
+def structure(url: str) -> set[tuple[object, ...]]:
+    """Return what a database says of its columns, constraints and indexes."""
+    engine, metadata = sqlalchemy.create_engine(url), sqlalchemy.MetaData()
     with warnings.catch_warnings():  # SQLite's reflection leaves out indexes of expressions
         warnings.filterwarnings("ignore", "Skipped unsupported reflection of expression-based")
-        for table in sorted(inspector.get_table_names()):
-            columns = inspector.get_columns(table)
-            keys = inspector.get_foreign_keys(table)
-            indexes = [i for i in inspector.get_indexes(table) if "duplicates_constraint" not in i]
-            defaults = [str(c["default"]) for c in columns if c["name"] != "id"]
-            found[table] = {
-                "columns": [(c["name"], str(c["type"]), c["nullable"]) for c in columns],
-                "defaults": [re.sub(r"::\w+$", "", said).strip("'") for said in defaults],
-                "primary key": inspector.get_pk_constraint(table)["constrained_columns"],
-                "foreign": {(str(k["constrained_columns"]), k["referred_table"]) for k in keys},
-                "uniques": {
-                    str(u["column_names"]) for u in inspector.get_unique_constraints(table)
-                },
-                "checks": {c["name"] for c in inspector.get_check_constraints(table)},
-                "indexes": {i["name"] for i in indexes} - {"users_username", "usage_by_day"},
-            }
+        metadata.reflect(engine)
     engine.dispose()
+    found: set[tuple[object, ...]] = set()
+    for table in metadata.tables.values():
+        for column in table.columns:
+            default = str(getattr(column.server_default, "arg", "")).removesuffix("::text")
+            facts = (str(column.type), column.nullable, column.primary_key, default)
+            targets = sorted(key.target_fullname for key in column.foreign_keys)
+            found.add((table.name, column.name, *facts, *targets))
+        for constraint in table.constraints:
+            if isinstance(constraint, sqlalchemy.CheckConstraint):
+                found.add((table.name, constraint.name))
+            if isinstance(constraint, sqlalchemy.UniqueConstraint):
+                found.add((table.name, "unique", *constraint.columns.keys()))
+        indexes = {str(index.name) for index in table.indexes} - {"users_username", "usage_by_day"}
+        found |= {(table.name, "index", name) for name in indexes}
     return found
 
 
@@ -5409,64 +4934,7 @@ def test_schema_sql_makes_the_same_tables_on_sqlite_and_postgresql(
             command(tmp_path, env, "create-tables")
         structures.append(structure(env["DATABASE_URL"]))
     assert structures[0] == structures[1]
-    assert set(TABLES) <= set(structures[0])
-
-
-def test_whole_gate_runs_on_postgresql(
-    postgres_env: dict[str, str], start_process: StartProcess
-) -> None:
-    """Accounts, relay, abort, quota and report, as on SQLite."""
-    gate = start_process(**postgres_env)
-    users = [register(gate, token_limit=20_000) for _ in range(3)]
-    body = {"username": users[0].name.upper(), "password": PASSWORD}
-    assert_error(call(gate, "POST", "/auth/register", json=body), 409, "username_taken")
-    MixedLoad(gate, users, seed=35).run(workers=6, until=after_requests(120))
-    gate.settle(5)
-    report = call(gate, "GET", "/users/usage", me(gate, users[0])["api_key"]).json()
-    assert report["tokens_used"] == gate.tokens_used(users[0]) > 0
-    assert run_command(gate, "users").count("user-") == 3
-
-
-COMMANDS_FOR_LATER = ["users", "usage", "set-limit bob 5", "reset-usage --all", "check", "keys bob"]
-
-
-def test_command_in_the_wrong_folder_makes_nothing(tmp_path: Path) -> None:
-    """One line and exit status 1, where an empty gate would have been made and called a success."""
-
-    def run(number: int) -> str:
-        ended = command(tmp_path, {}, *COMMANDS_FOR_LATER[number].split(), status=1)
-        return ended.stdout + ended.stderr
-
-    for said in in_parallel(len(COMMANDS_FOR_LATER), run):
-        assert len(said.strip().splitlines()) == 1 and "llmgate.db" in said
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_misspelt_setting_stops_the_start(tmp_path: Path) -> None:
-    """In .env, naming the one that was meant; a name that is like none is somebody else's."""
-    misspelt = {"REGISTRATON": "REGISTRATION", "VLLM_ENDPOINTS": "VLLM_ENDPOINT"}
-    for name, meant in misspelt.items():
-        (tmp_path / ".env").write_text(f"{name}=closed\n")
-        said = refusal(tmp_path)
-        assert re.search(rf"\b{meant}\b", said) and name in said
-    (tmp_path / ".env").write_text("COMPOSE_PROJECT_NAME=x\nLLMGATE_API_KEY=x\n")
-    command(tmp_path, {}, "create-tables")
-
-
-def test_readable_env_file_with_a_secret_is_repaired(tmp_path: Path) -> None:
-    """0600 and a warning, as the secret's own file gets it; without a secret it is left alone."""
-    for text, mode in ((f"JWT_SECRET_KEY={JWT_SECRET}\n", 0o600), ("THREADS=90\n", 0o644)):
-        (tmp_path / ".env").write_text(text)
-        (tmp_path / ".env").chmod(0o644)
-        said = command(tmp_path, {}, "create-tables").stderr
-        assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == mode
-        assert (".env" in said) == (mode == 0o600) and JWT_SECRET not in said
-
-
-def test_default_limit_alone_bounds_registration(make_gate: MakeGate) -> None:
-    """Who lowers the default need not know of MAX_TOKEN_LIMIT."""
-    gate = make_gate(DEFAULT_TOKEN_LIMIT="5")
-    assert me(gate, register(gate, token_limit=10**9))["token_limit"] == 5
+    assert set(TABLES) <= {table for table, *_ in structures[0]}
 
 
 OLD_ROWS = """
@@ -5502,8 +4970,7 @@ def test_database_of_an_older_version_works_on(
             database.executescript(script)
     else:
         identity = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
-        with psycopg.connect(url.replace("+psycopg", "")) as connection:
-            connection.execute(script.replace("INTEGER PRIMARY KEY NOT NULL", identity).encode())
+        query(url, script.replace("INTEGER PRIMARY KEY NOT NULL", identity))
     gate, user = start_process(QUOTA_PERIOD="month", **shared_env), User(1, "alice", PASSWORD, key)
     gate.secrets.add(key)
     wait_until(lambda: gate.reserved() == 0, 6)
@@ -5531,74 +4998,19 @@ def test_local_port_8000_is_found_and_shared(make_gate: MakeGate, tmp_path: Path
         gate.settle()
 
 
-def test_table_of_all_users_has_the_heaviest_first(gate: Gate) -> None:
-    """`usage` without a name: a line with counts and a bar for each user, within 80 columns."""
-    for name, count in (("ann.x", 1), ("bob.x", 3), ("cyd.x", 2)):
-        user = register(gate, name, token_limit=100)
-        for _ in range(count):
-            assert chat(gate, user.key, max_tokens=20).status_code == 200
-    gate.settle()
-    lines = run_command(gate, "usage").splitlines()
-    found = [line for line in lines if ".x" in line]
-    assert re.findall(r"\w+(?=\.x)", "".join(found)) == ["bob", "cyd", "ann"]
-    bars = [line.count("█") for line in found]
-    assert bars == sorted(bars, reverse=True) and bars[0] > bars[1] > 0
-    assert re.search(r"\b3 +30 +60\b", found[0]) and max(map(len, lines)) <= 80
-
-
-def test_operator_sees_and_revokes_keys(gate: Gate) -> None:
-    """`keys NAME` shows no key; `--revoke` ends one at once, and only one of that user."""
-    user, other = register(gate), register(gate)
-    path, name = "/users/me/keys", {"name": "laptop"}
-    made = call(gate, "POST", path, login(gate, user), json=name).json()
-    key, number = made["api_key"], str(made["id"])
-    gate.secrets.add(key)
-    assert chat(gate, key, max_tokens=5).status_code == 200
-    gate.settle()
-    shown = run_command(gate, "keys", user.name)
-    assert re.search(rf"^\s*{number}\b.*laptop.*\b15\b", shown, re.MULTILINE), shown
-    assert user.key not in shown and key not in shown
-    command(gate.directory, gate.env, "keys", other.name, "--revoke", number, status=1)
-    assert chat(gate, key).status_code == 200
-    run_command(gate, "keys", user.name, "--revoke", number)
-    assert_error(chat(gate, key), 401, "invalid_api_key")
-    assert chat(gate, user.key).status_code == 200
-    assert "laptop" not in run_command(gate, "keys", user.name)
-
-
-def test_limit_may_be_typed_short(gate: Gate) -> None:
-    """50k and 2M; what a command prints of it may be typed again."""
-    user = register(gate, "bob")
-    printed = run_command(gate, "set-limit", "bob", "50k")
-    assert me(gate, user)["token_limit"] == 50_000
-    run_command(gate, "set-limit", "bob", "2M")
-    assert me(gate, user)["token_limit"] == 2_000_000
-    run_command(gate, "set-limit", "bob", re.findall(r"\d[\w,]*", printed)[0])
-    for wrong in ("0k", "5x"):
-        command(gate.directory, gate.env, "set-limit", "bob", wrong, status=2)
-    assert me(gate, user)["token_limit"] == 50_000
-
-
-def test_version_is_told_without_a_file(tmp_path: Path) -> None:
-    """`--version` names the program and a number."""
-    assert re.search(r"llmgate\D+\d+\.\d+", command(tmp_path, {}, "--version").stdout)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_health_tells_what_is_up(make_gate: MakeGate, upstream: Upstream) -> None:
     """How many of the servers answer; that one does not is no fault of the gate."""
     with Upstream() as gone:
         gate = make_gate(VLLM_ENDPOINT=f"{upstream.url},{gone.url}")
-    expected = {"status": "ok", "upstreams": {"up": 1, "of": 2}}
+    expected = {"status": "ok", "upstreams": {"up": 1, "of": 2}}  # and it is a 200
     wait_until(lambda: call(gate, "GET", "/health").json() == expected, 5)
-    assert call(gate, "GET", "/health").status_code == 200
+    assert gate.seen_5xx == set()
 
 
 # ---------------------------------------------------------------------------------------------
 # The edge: the real nginx with README's own configuration, gates behind it, and a vLLM behind TLS.
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed: nothing to test with")
 
 
 def readme_block(start: str) -> str:
@@ -5614,7 +5026,7 @@ def readme_env() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines) | {"REGISTRATION": "open"}
 
 
-def nginx_config(directory: Path, port: int, gates: list[Gate]) -> str:
+def nginx_config(directory: Path, port: int, gates: tuple[Gate, ...]) -> str:
     """Return README's configuration with other ports, paths and addresses of gates."""
     main, server = readme_block("worker_rlimit_nofile"), readme_block("server {")
     if len(gates) > 1:
@@ -5688,8 +5100,9 @@ def test_forwarded_headers_count_only_from_the_proxy(make_gate: MakeGate) -> Non
 @pytest.fixture
 def start_nginx(tmp_path: Path, upstream: Upstream) -> Iterator[StartNginx]:
     """Starts nginx in front of gates; what it gives is used like a gate, by https. Once a test."""
+    if not NGINX or not shutil.which("openssl"):
+        pytest.skip("nginx or openssl is not installed: nothing to test with")
     directory = tmp_path / "nginx"
-    edges: list[Gate] = []
     with contextlib.ExitStack() as stack:
 
         def start(*gates: Gate) -> Gate:
@@ -5697,32 +5110,22 @@ def start_nginx(tmp_path: Path, upstream: Upstream) -> Iterator[StartNginx]:
             make_certificate(directory)
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
-            config = directory / "nginx.conf"
-            config.write_text(nginx_config(directory, port, list(gates)))
-            command = [cast(str, NGINX), "-p", str(directory), "-c", str(config)]
+            (directory / "nginx.conf").write_text(nginx_config(directory, port, gates))
+            program = [NGINX, "-p", str(directory), "-c", str(directory / "nginx.conf")]
             with (directory / "stderr").open("wb") as errors:
-                process = subprocess.Popen(command, stderr=errors)
+                process = subprocess.Popen(program, stderr=errors)
             stack.callback(process.wait, 10)
             stack.callback(process.terminate)
             url = f"https://localhost:{port}"
             edge = Gate(url, dict(gates[0].env), gates[0].directory, upstream)
             edge.verify, edge.log = str(directory / "cert.pem"), directory / "error.log"
-            edges.append(edge)
-            wait_until(lambda: process.poll() is not None or is_open(edge), 10)
+            stack.callback(edge.check_output, directory / "stderr")
+            stack.callback(edge.settle)
+            wait_until(lambda: process.poll() is not None or (directory / "pid").exists(), 10)
             assert process.poll() is None, (directory / "stderr").read_text()
             return edge
 
         yield start
-        for edge in edges:
-            edge.settle()
-            edge.check_output(directory / "stderr")
-
-
-def is_open(gate: Gate) -> bool:
-    """Return whether somebody listens there."""
-    with contextlib.suppress(ConnectionError), connected(gate):
-        return True
-    return False
 
 
 @contextlib.contextmanager
@@ -5733,10 +5136,7 @@ def secured(edge: Gate) -> Iterator[socket.socket]:
         yield made
 
 
-@needs_nginx
-def test_gate_behind_nginx_is_as_good_as_before_it(
-    make_gate: MakeGate, start_nginx: StartNginx
-) -> None:
+def test_gate_behind_nginx_is_as_good(make_gate: MakeGate, start_nginx: StartNginx) -> None:
     """Events pass at once, who hangs up there is `aborted`, the public name is in opencode.json."""
     edge = start_nginx(make_gate(**readme_env()))
     user = register(edge)
@@ -5755,30 +5155,25 @@ def test_gate_behind_nginx_is_as_good_as_before_it(
     assert_error(strange, 400, "host_not_allowed")
 
 
-@needs_nginx
-def test_slow_connections_stay_at_nginx(
-    start_process: StartProcess, start_nginx: StartNginx
-) -> None:
+def test_slow_callers_stay_at_nginx(start_process: StartProcess, start_nginx: StartNginx) -> None:
     """A thousand: a third each in the handshake, in the headers, in the body. The gate sees none."""
+    open_many_files()
     gate = start_process(**readme_env())
     edge = start_nginx(gate)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # for the connections of this process
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     user = register(edge)
     assert chat(edge, user.key).status_code == 200
     before = gate.descriptors()
     request = raw_chat(user.key, chat_body())
     hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # the first bytes of a TLS handshake
-    half, most_of_it = request[: len(request) // 4], request[:-20]
+    begun = [(connected, hello, 6), (secured, request, 90), (secured, request, len(request) - 20)]
     with contextlib.ExitStack() as stack:
-        slow = [(stack.enter_context(connected(edge)), hello[:-5], hello[-5:]) for _ in range(334)]
-        for begun in (half, most_of_it):
-            rest = request[len(begun) :][:5]
-            slow += [(stack.enter_context(secured(edge)), begun, rest) for _ in range(333)]
-        for connection, begun, _ in slow:
-            connection.sendall(begun)
+        slow = []
+        for connect, words, position in begun * 333:
+            connection = stack.enter_context(connect(edge))
+            connection.sendall(words[:position])
+            slow.append((connection, words[position:]))
         for position in range(5):
-            for connection, _, rest in slow:
+            for connection, rest in slow:
                 connection.sendall(rest[position : position + 1])
             began = time.monotonic()
             assert chat(edge, user.key).status_code == 200
@@ -5787,16 +5182,6 @@ def test_slow_connections_stay_at_nginx(
     assert len(edge.upstream.asked()) == 6
 
 
-def told_of_end(answer: requests.Response, events: Iterator[bytes]) -> tuple[str, bool]:
-    """Read a stream as far as it goes; return its X-Request-Id and whether it came whole."""
-    last = b""
-    with contextlib.suppress(requests.RequestException, AssertionError):  # broken, or torn
-        for last in events:
-            pass
-    return answer.headers["X-Request-Id"], last == b"data: [DONE]\n\n"
-
-
-@needs_nginx
 def test_two_gates_behind_nginx_are_one_until_one_is_killed(
     postgres_env: dict[str, str],
     start_process: StartProcess,
@@ -5816,29 +5201,31 @@ def test_two_gates_behind_nginx_are_one_until_one_is_killed(
     for _ in range(2):
         assert call(edge, "GET", "/users/me", token).status_code == 200
         assert chat(edge, user.key).status_code == 401
-    over = threading.Event()
     jwts: list[str] = []
 
-    def log_in_again_and_again() -> None:
-        while not over.is_set():
+    def read() -> tuple[str, bool]:
+        last = b""
+        broken_or_torn = contextlib.suppress(requests.RequestException, AssertionError)
+        with chat(edge, key, "slow", stream=True, max_tokens=50) as answer, broken_or_torn:
+            for last in stream_events(answer):
+                pass
+        return answer.headers["X-Request-Id"], last == b"data: [DONE]\n\n"
+
+    def log_in(times: int) -> None:
+        for _ in range(times):
             jwts.append(login(edge, user))
 
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(12) as pool:
-        stack.callback(over.set)
-        opened = []
-        for _ in range(20):
-            answer = chat(edge, key, "slow", stream=True, max_tokens=50)
-            opened.append((stack.enter_context(answer), stream_events(answer)))
-            assert next(opened[-1][1])
+    with ThreadPoolExecutor(32) as pool:
+        streams = [pool.submit(read) for _ in range(20)]
+        wait_until(lambda: sum(bool(x.sent) for x in edge.upstream.asked()) == 20)
         plain = [pool.submit(chat, edge, key, "slow", max_tokens=30) for _ in range(10)]
         wait_until(lambda: len(edge.upstream.asked()) == 30)
-        callers = [pool.submit(log_in_again_and_again) for _ in range(2)]
+        logins = [pool.submit(log_in, 8) for _ in range(2)]
         wait_until(lambda: len(jwts) > 3)
         one.kill()
-        ended = [told_of_end(*stream) for stream in opened]
+        ended = [stream.result() for stream in streams]
         statuses = Counter(answer.result().status_code for answer in plain)
-        over.set()
-        assert [caller.result() for caller in callers] == [None] * 2
+    assert [made.result() for made in logins] == [None] * 2
     broken = {name for name, whole in ended if not whole}
     assert len(broken) == 10
     assert statuses == {200: 5, 502: 5}
