@@ -385,7 +385,6 @@ class Database:
         """A write transaction's execute(sql, {name: value}); an exception undoes it all. 503."""
         with self._translated(), self._begun(first) as connection:
             yield partial(self._execute, connection.cursor())
-            connection.commit()
 
     def write(self, sql: str, **values: object) -> list[Row]:
         """What one statement returns (RETURNING), in a transaction of its own. 503."""
@@ -421,6 +420,7 @@ class Database:
                 if first:
                     connection.cursor().execute(first)
                 yield connection
+                connection.commit()
             return
         deadline = time.monotonic() + DB_TIMEOUT_S
         if not self._lock.acquire(timeout=DB_TIMEOUT_S):
@@ -428,7 +428,10 @@ class Database:
         try:
             while True:
                 try:
-                    self._writer.executescript(first or "BEGIN IMMEDIATE")
+                    if first:
+                        self._writer.executescript(first)
+                    else:
+                        self._writer.execute("BEGIN IMMEDIATE")
                     break
                 except sqlite3.OperationalError as error:
                     busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
@@ -436,6 +439,7 @@ class Database:
                         raise
                 time.sleep(0.0003)
             yield self._writer
+            self._writer.execute("COMMIT")
         finally:
             self._writer.rollback()  # of nothing, after a commit
             self._lock.release()
@@ -882,9 +886,12 @@ class Meter:
     """
 
     EVENT_END = re.compile(rb"\n\r?\n")
-    DELTA = re.compile(rb'"delta":|"choices":\[\{')
-    UNUSUAL = re.compile(rb'"finish_reason":\s*"|"error"')
-    INDEX = re.compile(rb'"index":(\d{1,6})')
+    USAGE_LAST = re.compile(rb',"usage":\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}\}\n\n')
+    # What may change more than the text: an end, an error, usage in messages and responses.
+    UNUSUAL = re.compile(
+        rb'"finish_reason":\s*"|"error"|\[DONE\]|message_'
+        rb'|"response\.(?:created|in_progress|completed|incomplete|failed)"'
+    )
     TEXT = re.compile(
         rb'"(?:content|reasoning|reasoning_content|arguments|text|thinking|partial_json|delta)"'
         rb':\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
@@ -912,6 +919,10 @@ class Meter:
 
     def feed(self, piece: bytes) -> bytes:
         """The events that are complete now, as the caller shall see them; 502 if one is endless."""
+        if self.working_since and not self._rest and not self.UNUSUAL.search(piece):
+            usual = self._usual(piece)
+            if usual:
+                return usual
         shown = []
         start = 0
         searched = max(0, len(self._rest) - 3)
@@ -926,29 +937,33 @@ class Meter:
             raise APIError("upstream_error", why="it sent an event without an end")
         return b"".join(shown)
 
+    def _usual(self, piece: bytes) -> bytes:
+        """Whole events that only go on with the text, all at once; b"" for what needs a closer look.
+
+        A single event takes a quarter of the time so, many that came together hardly any.
+        """
+        cut, cuts = self.USAGE_LAST.subn(b"}\n\n", piece)
+        if self._claim.choices > 1 or cuts != piece.count(b'"usage"') or piece[-2:] != b"\n\n":
+            return b""
+        if not cuts:
+            self._count_text(piece)
+            return piece
+        self._choices[0] = cut_usage(piece)[1]
+        return piece if self._show_all else cut
+
+    def _count_text(self, piece: bytes) -> None:
+        """Adds deltas to what an estimate goes by."""
+        self._deltas += max(piece.count(b'"delta":'), piece.count(b'"choices":'))
+        self._text_bytes += sum(map(len, self.TEXT.findall(piece)))
+
     def _event(self, event: bytes) -> bytes:
         """Takes note of an event; what the caller shall see of it."""
-        if self.working_since and not self.UNUSUAL.search(event):  # the usual ones, at less cost
-            cut, usage = cut_usage(event)
-            if isinstance(usage, dict) and b'"choices":[{' in cut and b'"usage"' not in cut:
-                index = self.INDEX.search(cut)
-                self._choices[int(index[1]) if index else 0] = usage
-                return event if self._show_all else cut
-            if b'"usage"' not in event and self.DELTA.search(event):
-                self._count_text(event)
-                return event
         data = event.partition(b"data:")[2]
         value = parsed(data)
         if isinstance(value, dict):
             return self._object(event, value)
         self.ended |= data.strip() == b"[DONE]"  # or it is a comment
         return event
-
-    def _count_text(self, event: bytes) -> None:
-        """Adds a delta to what an estimate goes by."""
-        self._deltas += 1
-        found = self.TEXT.search(event)
-        self._text_bytes += len(found[1]) if found else 0
 
     def _object(self, event: bytes, value: JSONObject) -> bytes:
         """Takes note of an event's JSON; what the caller shall see of it."""
@@ -2477,9 +2492,12 @@ class LineFormatter(logging.Formatter):
 class LogFile(logging.handlers.RotatingFileHandler):
     """The log's file, which begins anew at 10 MB; five old ones are kept."""
 
+    lines = 0
+
     def shouldRollover(self, record: logging.LogRecord) -> bool:
-        """The library's own formats each line once more, to be exact."""
-        return bool(cast(Any, self.stream).tell() > 10 << 20)
+        """Looks after each 100 lines; the library's own would format each line once more."""
+        self.lines += 1
+        return self.lines % 100 == 0 and bool(cast(Any, self.stream).tell() > 10 << 20)
 
 
 def log_to(file: str, number: int) -> logging.Handler:
