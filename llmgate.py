@@ -438,10 +438,13 @@ class Database:
                     if not busy or time.monotonic() > deadline:
                         raise
                 time.sleep(0.0003)
-            yield self._writer
-            self._writer.execute("COMMIT")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                self._writer.rollback()
+                raise
         finally:
-            self._writer.rollback()  # of nothing, after a commit
             self._lock.release()
 
     @contextmanager
@@ -459,7 +462,8 @@ class Database:
     def close(self) -> None:
         """Closes what is open; on SQLite the last one to close moves the log into the file."""
         if self._sqlite:
-            self._writer.close()
+            with self._lock:
+                self._writer.close()
         self._engine.dispose()
 
 
@@ -660,8 +664,9 @@ def require_caller() -> None:
 
 
 # ---- 5 Quota and metering -------------------------------------------------------------------------
-# reserve() holds a request's worst case before vLLM is asked; book() puts the true count in its
-# place. The counters move by nothing else, and only by SQL arithmetic under a guard.
+# What a request may cost (Claim) and what it does cost (Meter). reserve() holds the worst case before
+# vLLM is asked; book() puts the true count in its place. The counters move by nothing else, and only
+# by SQL arithmetic under a guard.
 
 
 class Counts(NamedTuple):
@@ -887,10 +892,10 @@ class Meter:
 
     EVENT_END = re.compile(rb"\n\r?\n")
     USAGE_LAST = re.compile(rb',"usage":\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}\}\n\n')
-    # What may change more than the text: an end, an error, usage in messages and responses.
+    # What may bring more than text: an end, an error, usage alone or of messages and responses.
     UNUSUAL = re.compile(
-        rb'"finish_reason":\s*"|"error"|\[DONE\]|message_'
-        rb'|"response\.(?:created|in_progress|completed|incomplete|failed)"'
+        rb'"finish_reason":\s*"|"choices":\s*\[\]|"error"|\[DONE\]|message_'
+        rb'|"response\.(?!\w+\.delta")'
     )
     TEXT = re.compile(
         rb'"(?:content|reasoning|reasoning_content|arguments|text|thinking|partial_json|delta)"'
@@ -909,7 +914,7 @@ class Meter:
         self.answered = False  # vLLM's answer has begun
         self.working_since: float | None = None  # monotonic: an event has shown that it generates
         self._finished: set[int] = set()  # choices that have said why they ended
-        self.ended = False  # the protocol's last event has come
+        self.complete = False  # the protocol's last event has come
         self.failed = False  # vLLM has reported an error
         self._deltas = 0
         self._text_bytes = 0
@@ -928,7 +933,7 @@ class Meter:
         searched = max(0, len(self._rest) - 3)
         self._rest += piece
         for end in self.EVENT_END.finditer(self._rest, searched):
-            if self.ended:  # nothing belongs behind the last event
+            if self.complete:  # nothing belongs behind the last event
                 break
             shown.append(self._event(self._rest[start : end.end()]))
             start = end.end()
@@ -940,10 +945,11 @@ class Meter:
     def _usual(self, piece: bytes) -> bytes:
         """Whole events that only go on with the text, all at once; b"" for what needs a closer look.
 
-        A single event takes a quarter of the time so, many that came together hardly any.
+        In batches, as events come when there are many, a third of the time.
         """
         cut, cuts = self.USAGE_LAST.subn(b"}\n\n", piece)
-        if self._claim.choices > 1 or cuts != piece.count(b'"usage"') or piece[-2:] != b"\n\n":
+        all_or_none = cuts in (0, piece.count(b"\n\n")) and cuts == piece.count(b'"usage"')
+        if not all_or_none or self._claim.choices > 1 or piece[-2:] != b"\n\n":
             return b""
         if not cuts:
             self._count_text(piece)
@@ -962,13 +968,13 @@ class Meter:
         value = parsed(data)
         if isinstance(value, dict):
             return self._object(event, value)
-        self.ended |= data.strip() == b"[DONE]"  # or it is a comment
+        self.complete |= data.strip() == b"[DONE]"  # or it is a comment
         return event
 
     def _object(self, event: bytes, value: JSONObject) -> bytes:
         """Takes note of an event's JSON; what the caller shall see of it."""
         kind = value.get("type")  # events of messages and responses have one
-        self.ended |= kind in self.LAST
+        self.complete |= kind in self.LAST
         self.failed |= kind in ("error", "response.failed") or bool(value.get("error"))
         if kind not in self.UNBEGUN:
             self.working_since = self.working_since or time.monotonic()
@@ -1008,13 +1014,13 @@ class Meter:
 
     def finished(self) -> bool:
         """Whether the answer is complete, though the last event may be missing."""
-        return self.ended or self.failed or len(self._finished) >= self._claim.choices
+        return self.complete or self.failed or len(self._finished) >= self._claim.choices
 
     def read_whole(self, answer: JSONObject, size: int) -> None:
         """Takes note of a plain answer and its bytes."""
         self._usage = answer.get("usage") or {}
         self._text_bytes = size
-        self.ended = True
+        self.complete = True
 
     def counts(self, at_end: bool = False) -> Counts:
         """The tokens so far: vLLM's count, or an estimate; none before the answer has begun.
@@ -1031,7 +1037,7 @@ class Meter:
             prompts[index // n] = seen.prompt_tokens  # once for each prompt of a list
             written += seen.completion_tokens
         known = read_usage(self._usage) or Counts(sum(prompts.values()), written)
-        if known.completion_tokens or (known.total and self.ended):
+        if known.completion_tokens or (known.total and self.complete):
             return known.at_most(self._most)
         output = max(self._deltas, self._text_bytes // 4)
         if at_end and self.working_since and not self._text_bytes:
@@ -1231,7 +1237,7 @@ def usage_report(database: Database, user: Row, days: int, resets_at: int | None
 
 
 class Exchange(io.RawIOBase):
-    """A connection to a server, and a request's exchange on it by http.client, whose socket it is.
+    """A connection to a server, and a request's exchange on it: what http.client reads from.
 
     What breaks off or makes no sense is a 502, what is silent for too long a 504.
     """
@@ -1241,26 +1247,27 @@ class Exchange(io.RawIOBase):
     def __init__(self, url: str, tls: ssl.SSLContext | None, timeout_s: int) -> None:
         """Connects; OSError."""
         parts = urlsplit(url)
-        place = (parts.hostname or "", parts.port)
-        self._connection = http.client.HTTPConnection(*place, timeout=CONNECT_TIMEOUT_S)
+        place = (parts.hostname or "", parts.port or (443 if tls else 80))
+        self._host = parts.netloc
+        self._sock = socket.create_connection(place, CONNECT_TIMEOUT_S)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls:
-            made = http.client.HTTPSConnection(*place, timeout=CONNECT_TIMEOUT_S, context=tls)
-            self._connection = made
-        self._connection.connect()
-        self._sock: socket.socket = self._connection.sock
-        self._connection.sock = cast(Any, self)
-        self._outgoing = b""
-        self.on_silence: Callable[[], object] = bool  # called after each PING_S of it
+            self._sock = tls.wrap_socket(self._sock, server_hostname=parts.hostname)
+        self.on_silence: Callable[[], None] | None = None  # called after each PING_S of it
+        self._timeout_s = timeout_s
         self._waits = -int(-timeout_s // PING_S)
-        wait_s = timeout_s / self._waits
-        # The kernel's limits save a poll() before each event, a tenth of its CPU; OpenSSL has none.
-        self._sock.settimeout(wait_s if tls else None)
-        for option, limit_s in ((socket.SO_RCVTIMEO, wait_s), (socket.SO_SNDTIMEO, timeout_s)):
-            limit = struct.pack("ll", int(limit_s), int(limit_s % 1 * 1_000_000))
-            self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
+        self._wait_s = timeout_s / self._waits
+        if not tls:  # the kernel's limits save a poll() before each event: a tenth of its CPU
+            self._sock.settimeout(None)
+            for option, limit_s in (
+                (socket.SO_RCVTIMEO, self._wait_s),
+                (socket.SO_SNDTIMEO, timeout_s),
+            ):
+                limit = struct.pack("ll", int(limit_s), int(limit_s % 1 * 1_000_000))
+                self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """What http.client reads from."""
+        """http.client's reader of an answer."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -1277,22 +1284,24 @@ class Exchange(io.RawIOBase):
                 waits += 1
                 if waits == self._waits:
                     raise TimeoutError("nothing came") from None
-                self.on_silence()
-
-    def sendall(self, data: bytes) -> None:
-        """Keeps http.client's head and body, for one packet."""
-        self._outgoing += data
+                if self.on_silence:
+                    self.on_silence()
 
     def close(self) -> None:
-        """Nothing: http.client calls it for an answer that is the last one, before it is read."""
+        """Nothing: the reader calls it at an answer's end, and the connection may be kept."""
 
     def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> None:
         """Sends a request and waits for the answer's status and headers."""
+        lines = [f"POST {path} HTTP/1.1", f"Host: {self._host}", f"Content-Length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         with self._translated():
-            self._connection.request("POST", path, body, headers)
-            self._sock.sendall(self._outgoing)
-            self._outgoing = b""
-            self.response = self._connection.getresponse()
+            if isinstance(self._sock, ssl.SSLSocket):
+                self._sock.settimeout(self._timeout_s)
+            self._sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+            if isinstance(self._sock, ssl.SSLSocket):
+                self._sock.settimeout(self._wait_s)
+            self.response = http.client.HTTPResponse(cast(Any, self), method="POST")
+            self.response.begin()
             if self.response.length is None and "content-length" in self.response.headers:
                 raise ValueError("a Content-Length that is no number")
 
@@ -1304,10 +1313,11 @@ class Exchange(io.RawIOBase):
                 # Up to 100 chunks that came together at a time: 3.5 times the events in a burst.
                 # Behind a chunk's data the reader holds the end of its line, and what came after.
                 pieces = [response.read1(65536)]
-                while pieces[-1] and len(pieces) < 100 and response.chunked:
-                    if not response.fp.peek(1).lstrip():
-                        break
-                    pieces.append(response.read1(65536))
+                with suppress(OSError, ValueError, http.client.HTTPException):  # later: some came
+                    while pieces[-1] and len(pieces) < 100 and response.chunked:
+                        if not response.fp.peek(1).lstrip():
+                            break
+                        pieces.append(response.read1(65536))
                 if pieces[0]:
                     yield b"".join(pieces)
             if response.length:
@@ -1338,7 +1348,6 @@ class Exchange(io.RawIOBase):
     def hang_up(self) -> None:
         """Closes the connection."""
         self._sock.close()
-        self._connection.close()
 
 
 def context_of(entry: JSONObject) -> JSONObject:
@@ -1579,7 +1588,7 @@ class Relay:
         self.endpoint = endpoint
         self.request_id: str = g.request_id
         self.started_at: float = g.started_at
-        self.is_gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", bool)
+        self.is_gone: Callable[[], bool] = request.environ["waitress.client_disconnected"]
         self.model: str = body["model"]
         self.stream = body.get("stream") is True
         self.ids_at_vllm: list[str] = []  # by which its abort_requests knows this request
@@ -1587,12 +1596,14 @@ class Relay:
         self.upstream: Upstream | None = None
         self.exchange: Exchange | None = None
         self.sent = False  # vLLM has the request
-        self.reason = ""  # LEFT or DRAINING; the first one counts
-        self.status, self.why = "pending", ""  # written by end()
-        self.ended = threading.Event()  # status is final
+        self.stopped_by = ""  # LEFT or DRAINING; the first one counts
+        self.status = "pending"
+        self.why = ""  # for the log, with the final status
+        self.ended = threading.Event()  # the status is final
         self.times: JSONObject = {"first_byte_ms": None, "duration_ms": None}
         self.tokens_used: int = user.tokens_used  # of the user, after save()
-        self._lock = threading.Lock()  # protects status, and the order of bookings
+        self._lock = threading.Lock()  # protects status, and the connection until it is final
+        self._booking = threading.Lock()  # protects the order of bookings
 
     def answer(self, app: Gate, body: JSONObject, raw: bytes) -> Response:
         """vLLM's answer; 400, 404, 429, 502, 503, 504. `raw` is the body as it came."""
@@ -1605,7 +1616,7 @@ class Relay:
             self.end("error", error.for_log if isinstance(error, APIError) else words_of(error))
             if self.exchange:
                 self.exchange.hang_up()
-            if self.reason == DRAINING:
+            if self.stopped_by == DRAINING:
                 raise APIError("draining") from None
             raise
 
@@ -1624,8 +1635,8 @@ class Relay:
         row |= {"endpoint": self.endpoint, "stream": int(self.stream)}
         most = app.settings.max_requests_per_user
         with app.database.begin() as execute:
-            if self.reason:  # drain() waits no longer
-                raise APIError("draining", reason=self.reason)
+            if self.stopped_by:  # drain() waits no longer
+                raise APIError("draining", reason=self.stopped_by)
             granted, self.running = reserve(execute, user, claim, row, most, app.renews())
         self.meter = Meter(claim, row["reserved"])
         claim.limit_output(granted)
@@ -1640,8 +1651,8 @@ class Relay:
             raise self.watcher.upstreams.unavailable()
         self.upstream = server
         self.exchange = exchange
-        if self.reason:
-            raise APIError("draining", reason=self.reason)
+        if self.stopped_by:
+            raise APIError("draining", reason=self.stopped_by)
         if self.endpoint == "responses":
             body |= {"store": False, "request_id": f"resp_{self.request_id}"}
         running_counts = False
@@ -1690,10 +1701,10 @@ class Relay:
         elif GENERATED_ANYWAY.search(body):
             meter.answered = True
             meter.working_since = self.started_at
-        if self.reason == DRAINING:
+        if self.stopped_by == DRAINING:
             raise APIError("draining")
         self.end("ok" if status == 200 else "error", f"vLLM answers {status}")  # before it is seen
-        if self.reason:  # stop() may have ended half of it
+        if self.stopped_by:  # stop() may have ended half of it
             exchange.hang_up()
         else:
             cast(Upstream, self.upstream).keep(exchange)
@@ -1711,20 +1722,20 @@ class Relay:
             for piece in self._pieces:
                 self._note_time("first_byte_ms")
                 shown = meter.feed(piece)
-                if meter.ended:
+                if meter.complete:
                     break
-                if shown and self.reason != DRAINING:
+                if shown and self.stopped_by != DRAINING:
                     yield shown
-            if self.reason == DRAINING or not meter.finished():
+            if self.stopped_by == DRAINING or not meter.finished():
                 raise APIError("upstream_error", why="its answer ended too early")
             # Booked before the caller can see the end.
             self.end("error" if meter.failed else "ok", "vLLM reported an error")
-            if not meter.ended:  # some servers leave it out
+            if not meter.complete:  # some servers leave it out
                 shown = b"" if meter.failed else b"data: [DONE]\n\n"
             yield shown
         except APIError as error:
-            self.end("error", self.reason or error.for_log)
-            if self.reason == DRAINING:
+            self.end("error", self.stopped_by or error.for_log)
+            if self.stopped_by == DRAINING:
                 error = APIError("draining")
             yield error_event(self.endpoint, error, self.request_id)
 
@@ -1740,8 +1751,8 @@ class Relay:
 
     def stop(self, reason: str) -> None:
         """Wants the request to end, from any thread: LEFT or DRAINING."""
-        if not self.reason and not self.ended.is_set():
-            self.reason = reason
+        if not self.stopped_by and not self.ended.is_set():
+            self.stopped_by = reason
             threading.Thread(target=self._end_upstream, name="stop", daemon=True).start()
 
     def _end_upstream(self) -> None:
@@ -1761,38 +1772,43 @@ class Relay:
                 return
         for how in (socket.SHUT_WR, socket.SHUT_RDWR):
             with self._lock:  # when it has ended, another may use the connection
-                if self.status == "pending" and (self.stream or self.reason == DRAINING):
+                if self.status == "pending" and (self.stream or self.stopped_by == DRAINING):
                     cast(Exchange, self.exchange).shutdown(how)
             if self.ended.wait(HANGUP_GRACE_S):
                 return
 
     def end(self, status: str, why: str) -> None:
         """Ends the request with this status and books it, if it has not ended yet."""
-        with self._lock:
-            if self.ended.is_set():
-                return
-            self.why = f" ({why})" if status != "ok" else ""
-            self._note_time("duration_ms")
-            if self.meter and self.sent and DRAINING in (self.reason, why):
-                self.meter.answered = True  # vLLM was at work, though nothing of it was seen
-            self.counts = self.meter.counts(at_end=True) if self.meter else Counts()
-            self.status = "aborted" if self.reason == LEFT else status
-            self.ended.set()
+        self.mark_ended(status, why)
         try:
             self.save()
         except APIError as error:  # the watcher tries again
             log.error("%s not booked yet: %s", self.request_id, error.for_log)
 
+    def mark_ended(self, status: str, why: str) -> None:
+        """The first half of end(), which waits for nothing; the watcher can do the rest."""
+        with self._lock:
+            if self.ended.is_set():
+                return
+            self.why = f" ({why})" if status != "ok" else ""
+            self._note_time("duration_ms")
+            if self.meter and self.sent and DRAINING in (self.stopped_by, why):
+                self.meter.answered = True  # vLLM was at work, though nothing of it was seen
+            self.counts = self.meter.counts(at_end=True) if self.meter else Counts()
+            self.status = "aborted" if self.stopped_by == LEFT else status
+            self.ended.set()
+
     def save(self) -> None:
         """Books what is known now, until the end is booked; then writes the log's line. 503."""
-        with self._lock:
-            ended = self.ended.is_set()
+        with self._booking:
             meter = self.meter
+            ended = self.ended.is_set()
             if self not in self.watcher.running:
                 return
             if meter:
+                status = self.status if ended else "pending"
                 counts = self.counts if ended else meter.counts()
-                row = (self.request_id, self.status, counts, self.times)
+                row = (self.request_id, status, counts, self.times)
                 with self.watcher.database.begin() as execute:
                     self.tokens_used = book(execute, *row)
             if ended:
@@ -2489,23 +2505,12 @@ class LineFormatter(logging.Formatter):
         return "".join(traceback.format_tb(ei[2])) + words_of(ei[1])
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
-    """The log's file, which begins anew at 10 MB; five old ones are kept."""
-
-    lines = 0
-
-    def shouldRollover(self, record: logging.LogRecord) -> bool:
-        """Looks after each 100 lines; the library's own would format each line once more."""
-        self.lines += 1
-        return self.lines % 100 == 0 and bool(cast(Any, self.stream).tell() > 10 << 20)
-
-
 def log_to(file: str, number: int) -> logging.Handler:
     """Begins the log; of several processes the first one rotates the file. SettingsError."""
     handler: logging.Handler = logging.StreamHandler()
     try:
         if file != "-" and number == 1:
-            handler = LogFile(file, backupCount=5, encoding="utf-8")
+            handler = logging.handlers.RotatingFileHandler(file, "a", 10 << 20, 5, "utf-8")
         elif file != "-":
             handler = logging.handlers.WatchedFileHandler(file, encoding="utf-8")
     except OSError as error:
@@ -2599,7 +2604,7 @@ class Server:
         """Serves until drain() was called and all is answered and booked."""
         watcher = self.app.watcher
         watcher.start()
-        while not self._drained():
+        while not self._drain_further():
             before = len(self._sockets)
             loop(0.1, True, self._sockets, 1)
             # A turn looks at all connections: let several get ready, but accept new ones at once.
@@ -2624,17 +2629,17 @@ class Server:
         self.app.watcher.refuse_relays()
         self._break_off_at = time.monotonic() + grace_s
 
-    def _drained(self) -> bool:
-        """Whether nothing runs any more after drain(); sees to that, one step at each call."""
+    def _drain_further(self) -> bool:
+        """After drain(): sees to the end, one step at each call; whether all is answered."""
         late_s = time.monotonic() - self._break_off_at
         running = list(self.app.watcher.running)
         for relay in running if late_s > 0 else ():
             relay.stop(DRAINING)
             if late_s > 5 and relay.meter:  # its caller does not read; one without a row is told
-                relay.end("error", DRAINING)
+                relay.mark_ended("error", DRAINING)
         channels = list(self._waitress.active_channels.values())
         busy = running or any(c.requests or c.total_outbufs_len for c in channels)
-        return self.app.watcher.draining and (late_s > 7 or not busy)
+        return self.app.watcher.draining and (late_s > 8 or not busy)
 
 
 ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -2679,7 +2684,8 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
         nonlocal ending
         ending = True
         for pid in list(numbers):
-            os.kill(pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGTERM)
 
     def start(number: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the new process has its own

@@ -2368,6 +2368,34 @@ def test_answer_is_read_however_it_arrives(make_gate: MakeGate) -> None:
             assert ANSWER in chat(gate, user.key).text
 
 
+def test_stream_is_the_same_when_each_event_comes_alone(make_gate: MakeGate) -> None:
+    """The usage that nobody asked for, too; and text that a broken answer repeats counts once."""
+
+    def say(upstream: ScriptedHandler, body: JSONObject) -> None:
+        told = PROTOCOLS[upstream.path](body, Behaviour(), "x")
+        told.made = 20
+        events = b"".join(event for _, event in told.events()) + told.end
+        upstream.start_stream()
+        upstream.exchange.tokens = 30
+        for event in re.findall(rb"(?s).*?\n\n", events):
+            if b'"response.completed"' not in event:
+                upstream.wait(0.01)
+                upstream.chunk(event)
+        upstream.wfile.write(b"0\r\n\r\n")
+
+    with scripted_gate(make_gate, say) as gate:
+        key = register(gate).key
+        last = {"include_usage": True}
+        for options in ({}, last, last | {"continuous_usage_stats": True}):
+            with chat(gate, key, stream=True, max_tokens=20, stream_options=options) as answer:
+                content = b"".join(stream_events(answer))
+            assert content == said_by_vllm(gate.upstream.asked()[-1], options)
+            assert gate.row(answer).total == 30 and not gate.row(answer).estimated
+        broken = relay(gate, key, "responses", body_of("responses", stream=True))
+        assert b"event: response.failed" in broken.content
+        assert gate.row(broken).estimated and 20 <= gate.row(broken).completion_tokens <= 30
+
+
 VLLMS_REFUSALS = {  # seed: status and words
     1: (400, CONTEXT_ERROR),
     2: (429, "Too many requests; the queue is full."),
