@@ -275,8 +275,14 @@ HEADERS = {  # by status or code; a used-up quota makes OpenCode try five times 
     503: {"Retry-After": "2"},
     "insufficient_quota": {"x-should-retry": "false", "retry-after-ms": "1"},
 }
-# The first code of each status, for what Flask and waitress refuse by themselves.
-CODES = {status: code for code, (status, _) in reversed(ERRORS.items())}
+CODES = {  # for what Flask and waitress refuse by themselves
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    431: "headers_too_large",
+    500: "internal_error",
+}
 
 
 class APIError(Exception):
@@ -1375,8 +1381,8 @@ class Upstream:
         self.up = False
         self.why_down = ""
         self._idle: list[Exchange] = []
-        self.can_abort: bool | None = None  # None: not known yet
-        self.no_running_counts_until: dict[str, float] = {}  # model: monotonic
+        self.no_aborts_until = 0.0  # monotonic: it has refused abort_requests
+        self.no_running_counts_until: dict[str, float] = {}  # model: likewise
 
     def connect(self) -> Exchange | None:
         """A connection, new or kept; None: the server is down, and `why_down` says why."""
@@ -1412,7 +1418,7 @@ class Upstream:
             log.warning("%s is down: %s", self.url, why)
         self.up = False
         self.why_down = why
-        self.can_abort = None
+        self.no_aborts_until = 0.0
         self.no_running_counts_until = {}
 
     def call(self, path: str, body: bytes | None = None, wait_s: float = 2) -> requests.Response:
@@ -1450,12 +1456,12 @@ class Upstream:
         self.up = True
 
     def abort(self, upstream_ids: list[str]) -> None:
-        """Tells vLLM to end these requests; whether it can is remembered."""
-        asked = encoded({"request_ids": upstream_ids})
+        """Tells vLLM to end these requests; that it has refused is remembered for a while."""
         with suppress(APIError):
+            asked = encoded({"request_ids": upstream_ids})
             answer = self.call("/inference/v1/abort_requests", asked)
-            if answer.status_code in (200, 403, 404, 405):
-                self.can_abort = answer.status_code == 200
+            if answer.status_code in (403, 404, 405):
+                self.no_aborts_until = time.monotonic() + RETRY_OPTION_S
 
 
 class Upstreams(list[Upstream]):
@@ -1766,7 +1772,7 @@ class Relay:
                 return
         server = cast(Upstream, self.upstream)
         give_up_at = time.monotonic() + ABORT_GRACE_S
-        while server.can_abort is not False and time.monotonic() < give_up_at:
+        while server.no_aborts_until < time.monotonic() < give_up_at:
             server.abort(self.ids_at_vllm)
             if self.ended.wait(0.1):  # else again: the request may not have been there yet
                 return
