@@ -777,6 +777,9 @@ class Claim:
         most = unbounded if self.protocol.bounds else 0
         # What one choice may write: as asked for, or up to the model's context.
         self.output = max((number for number in asked if number is not None), default=most)
+        thinking = body.get("thinking")
+        thinks = isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int
+        self.least = 1025 if thinks else 1  # of output; thoughts have 1,024 tokens or more
         pictures, others, data_bytes = media_in(body) if MEDIA_WORD.search(raw) else (0, 0, 0)
         text_bytes = len(raw) - data_bytes * bool(pictures or others)
         self.prompt = text_bytes + TEMPLATE_TOKENS  # an upper bound
@@ -797,9 +800,10 @@ class Claim:
     def granted(self, room: int) -> int:
         """Output for each choice: at most a quarter of `room`, always up to 1,024; -1: no room."""
         left = (room - self.prompt) // self.choices
-        if left < min(self.output, 1):
+        if left < min(self.output, self.least):
             return -1
-        return min(self.output, left, max(room // 4, 1024, self.choices) // self.choices)
+        most = max(room // 4, 1024, self.least, self.choices) // self.choices
+        return min(self.output, left, most)
 
     def count_if_near(self, room: int, server: Upstream) -> None:
         """Near the limit, of the quota or the context, lets vLLM count the prompt."""
@@ -856,10 +860,9 @@ class Claim:
             body[name] = min(body.get(name) or most, most)
         if type(body.get("min_tokens")) is int:
             body["min_tokens"] = min(body["min_tokens"], most)
-        thinking = body.get("thinking")
-        if isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int:
-            budget = min(thinking["budget_tokens"], most - 1)
-            body["thinking"] = thinking | {"budget_tokens": budget}
+        if self.least > 1:
+            budget = min(body["thinking"]["budget_tokens"], most - 1)
+            body["thinking"] = body["thinking"] | {"budget_tokens": budget}
 
 
 def read_usage(usage: object) -> Counts | None:
@@ -1092,7 +1095,7 @@ def reserve(
     if running >= most:
         raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
     granted = claim.granted(limit - used - reserved)
-    needed = claim.prompt + claim.choices * max(granted, min(claim.output, 1))
+    needed = claim.prompt + claim.choices * max(granted, min(claim.output, claim.least))
     row["reserved"] = needed
     # The guard repeats what was just computed: no mistake above can overspend.
     if granted < 0 or not execute(RESERVE, row):

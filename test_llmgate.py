@@ -2882,14 +2882,23 @@ def test_bound_of_an_agent_stays_within_context_and_quota(
 
 
 def test_thinking_budget_stays_below_the_bound(gate: Gate, user: User) -> None:
-    """Also where the bound is lowered; as Anthropic wants it."""
-    for most, budget in ((32_000, 31_999), (32_000, 2_000), (1_025, 1_024)):
+    """Also where the bound is lowered; where less than Anthropic's least is left, it is refused."""
+    nearly, poor = register(gate, token_limit=1_100), register(gate, token_limit=500)
+    for who, most, budget in (
+        (user, 32_000, 31_999),
+        (user, 32_000, 2_000),
+        (user, 1_025, 1_024),
+        (nearly, 32_000, 4_000),
+    ):
         thinking = {"type": "enabled", "budget_tokens": budget}
         body = body_of("messages", most=most, thinking=thinking)
-        assert relay(gate, user.key, "messages", body).status_code == 200
+        assert relay(gate, who.key, "messages", body).status_code == 200
         got = gate.upstream.asked()[-1].json()
         assert 1024 <= got["thinking"]["budget_tokens"] < got["max_tokens"] <= MAX_MODEL_LEN
-        assert budget > MAX_MODEL_LEN or got["thinking"] == thinking
+        assert budget > 3_000 or got["thinking"] == thinking
+    answer = relay(gate, poor.key, "messages", body)
+    refused("messages", answer, 429, "insufficient_quota")
+    assert len(gate.upstream.asked()) == 4
 
 
 def test_key_may_come_as_x_api_key(gate: Gate) -> None:
