@@ -403,10 +403,10 @@ class Database:
 
     def _execute(self, cursor: Any, sql: str, values: Mapping[str, object] = {}) -> list[Row]:
         """Runs one statement; its rows."""
-        if not self._sqlite:
+        if self._sqlite:
+            sql = sql.removesuffix("FOR UPDATE")  # it has one writer, so no rows to lock
+        else:
             sql = re.sub(r":(\w+)", r"%(\1)s", sql)
-        elif sql.endswith("FOR UPDATE"):  # it has one writer, so there are no rows to lock
-            return []
         cursor.execute(sql, values)
         if not cursor.description:
             return []
@@ -1076,11 +1076,9 @@ INSERT_ROW = """INSERT INTO usage (request_id, user_id, api_key_id, model, endpo
  reserved, prompt_estimate, created_at, lease_until) VALUES (:request_id, :user_id, :api_key_id,
  :model, :endpoint, :stream, :reserved, :prompt_estimate, :now, :lease_until)"""
 TOUCH_KEY = "UPDATE api_keys SET last_used_at = :now WHERE id = :api_key_id"
-LOCK_ROW = """SELECT 1 FROM usage r JOIN users u ON u.id = r.user_id
- WHERE r.request_id = :request_id FOR UPDATE"""
 READ_ROW = """SELECT user_id, tokens_used, token_limit - tokens_used - tokens_reserved AS free,
  status, reserved, prompt_tokens + completion_tokens AS booked, lease_until
- FROM usage r JOIN users u ON u.id = r.user_id WHERE r.request_id = :request_id"""
+ FROM usage r JOIN users u ON u.id = r.user_id WHERE r.request_id = :request_id FOR UPDATE"""
 UPDATE_ROW = """UPDATE usage SET status = :status, reserved = :reserved, lease_until = :lease_until,
  prompt_tokens = :prompt_tokens, completion_tokens = :completion_tokens, estimated = :estimated,
  cached_tokens = :cached_tokens, first_byte_ms = :first_byte_ms, duration_ms = :duration_ms
@@ -1128,7 +1126,6 @@ def book(execute: Execute, request_id: str, status: str, counts: Counts, times: 
     """
     now = int(time.time())
     new: JSONObject = {"request_id": request_id, "status": status, "lease_until": now + LEASE_S}
-    execute(LOCK_ROW, new)
     (old,) = execute(READ_ROW, new)
     alive = old.status == "pending" and old.lease_until >= now
     if old.status not in ("pending", "lost") or (status == "lost" and alive):
@@ -1162,16 +1159,6 @@ def reset_usage(execute: Execute, user_id: int = 0) -> None:
         execute(sql, values)
 
 
-def renew_quotas(execute: Execute, begins_at: int) -> bool:
-    """Lets every quota begin again, unless some gate did it for this period or a later one."""
-    begin = """INSERT INTO quota_periods (begins_at) SELECT :begins_at WHERE NOT EXISTS
- (SELECT 1 FROM quota_periods WHERE begins_at >= :begins_at) ON CONFLICT DO NOTHING RETURNING 1"""
-    begun = bool(execute(begin, {"begins_at": begins_at}))
-    if begun:
-        reset_usage(execute)
-    return begun
-
-
 def period_of(period: str, now: float) -> tuple[int, int | None]:
     """When the period of QUOTA_PERIOD that holds `now` begins and ends (UTC, Unix seconds)."""
     if period == "never":
@@ -1186,6 +1173,21 @@ def period_of(period: str, now: float) -> tuple[int, int | None]:
         "month": (first, next_month),
     }[period]
     return int(begins.timestamp()), int(ends.timestamp())
+
+
+BEGIN_PERIOD = """INSERT INTO quota_periods (begins_at) SELECT :begins_at WHERE NOT EXISTS
+ (SELECT 1 FROM quota_periods WHERE begins_at >= :begins_at) ON CONFLICT DO NOTHING RETURNING 1"""
+
+
+def renew_quotas(database: Database, period: str) -> int | None:
+    """Lets every quota begin again, if no gate did in this period; when the next begins. 503."""
+    begins_at, ends_at = period_of(period, time.time())
+    if ends_at:
+        with database.begin() as execute:
+            if execute(BEGIN_PERIOD, {"begins_at": begins_at}):
+                reset_usage(execute)
+                log.info("a new period of quotas has begun; the next one: %s", when(ends_at))
+    return ends_at
 
 
 def duration(seconds: int) -> str:
@@ -1877,12 +1879,12 @@ def require_good_answer(status: int, headers: Mapping[str, str]) -> None:
 def plain_answer(body: bytes, status: int, headers: Mapping[str, str]) -> Response:
     """vLLM's 200 or 4xx, its body unchanged; 429 in our words where OpenCode would misread it."""
     response = Response(body, status, content_type=headers.get("content-type"))
-    if status == 429:
-        wait_s = headers.get("retry-after", "1")
+    wait_s = headers.get("retry-after", "1" if status == 429 else "")
+    if wait_s:
         response.headers["Retry-After"] = wait_s
-        if MISREAD.search(body):
-            why = "vLLM takes no more requests now"
-            raise APIError("rate_limit_exceeded", why=why, wait_s=wait_s)
+    if status == 429 and MISREAD.search(body):
+        why = "vLLM takes no more requests now"
+        raise APIError("rate_limit_exceeded", why=why, wait_s=wait_s)
     return response
 
 
@@ -1967,13 +1969,7 @@ class Watcher:
         if self._renew_at is None or time.time() < self._renew_at:
             return
         self._renew_at = time.time() + UPKEEP_S  # the next try, if this one fails
-        begins_at, ends_at = period_of(self._quota_period, time.time())
-        if ends_at:
-            with self.database.begin() as execute:
-                begun = renew_quotas(execute, begins_at)
-            if begun:
-                log.info("a new period of quotas has begun; the next one: %s", when(ends_at))
-        self._renew_at = ends_at
+        self._renew_at = renew_quotas(self.database, self._quota_period)
 
     def upkeep(self) -> None:
         """Checkpoints and leases of what runs, what could not be booked, rows of dead gates. 503.
@@ -2481,7 +2477,7 @@ class Gate(Flask):
             with self.app_context():
                 self.database = Database(db.engine)
             secret = load_secret(settings, self.database)
-        except OSError as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             raise SettingsError(f"DATABASE_URL or {SECRET_FILE}: {error}") from None
         except (ImportError, ValueError, sa.exc.ArgumentError):
             why = "a database's URL; PostgreSQL's also needs: pip install 'psycopg[binary]'"
@@ -2747,14 +2743,7 @@ def cli(context: click.Context) -> None:
     context.with_resource(Gate(settings).app_context())
 
 
-def token_count(text: str) -> int:
-    """A number of tokens, also as 50k, 2M or 1,000,000; click's error for what is none."""
-    digits = re.sub("M$", "000000", re.sub("k$", "000", text.replace(",", "")))
-    if not re.fullmatch("[0-9]{1,19}", digits) or int(digits) not in COUNT:
-        raise click.BadParameter("must be a whole number above 0, like 50000, 50k or 2M")
-    return int(digits)
-
-
+TOKENS = click.IntRange(1, MAX_BIGINT)
 NAME = click.argument("name")
 NAME_OR_ALL = click.argument("name", required=False)
 
@@ -2791,7 +2780,7 @@ def create_tables() -> None:
 
 @cli.command()
 @NAME
-@click.option("--token-limit", type=token_count, help="The quota, like 50000, 50k or 2M.")
+@click.option("--token-limit", type=TOKENS, help="The quota.")
 def create_user(name: str, token_limit: int | None) -> None:
     """Make an account (password asked, or on stdin); print its key."""
     limit = token_limit or gate().settings.default_token_limit
@@ -2840,9 +2829,9 @@ def keys(name: str, key_id: int | None) -> None:
 
 @cli.command()
 @NAME
-@click.argument("token_limit", type=token_count)
+@click.argument("token_limit", type=TOKENS)
 def set_limit(name: str, token_limit: int) -> None:
-    """Set the quota of an account, like 50000, 50k or 2M."""
+    """Set the quota of an account."""
     update(name, f"may use {token_limit:,} tokens", "token_limit = :value", token_limit)
 
 

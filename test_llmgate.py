@@ -2424,8 +2424,8 @@ def test_vllms_own_refusals_keep_status_and_retry_after(make_gate: MakeGate) -> 
             with relay(gate, user.key, endpoint, body) as answer:
                 assert answer.status_code == status and answer.json()["error"]["message"]
             assert seed > 2 or answer.content == gate.upstream.asked()[-1].answer()
+            assert answer.headers["Retry-After"] == str(status - 390)
             if status != 400:
-                assert answer.headers["Retry-After"] == str(status - 390)
                 assert not re.search(MISREAD_BY_OPENCODE, answer.text)
             if status == 503:
                 refused(endpoint, answer, 503, "upstream_busy")
@@ -4759,6 +4759,11 @@ def test_start_that_cannot_be_is_one_line(tmp_path: Path) -> None:
         (["PORT"], {"PORT": str(taken.getsockname()[1])}, ""),
         (["REGISTRATON", "REGISTRATION"], {}, "REGISTRATON=closed\n"),
         (["MODELS_ALIASES", "MODEL_ALIASES"], {}, "MODELS_ALIASES=my=ok\n"),
+        (
+            ["DATABASE_URL", "not a database"],
+            {"DATABASE_URL": "sqlite:///.env"},
+            "# A text.\n" * 50,
+        ),
         ([said_of_it], away, ""),
     ]
 
@@ -4917,14 +4922,13 @@ def test_command_in_an_empty_folder_makes_nothing(tmp_path: Path) -> None:
 
 
 def test_operator_manages_users_while_the_gate_runs(gate: Gate) -> None:
-    """Each command is seen at once. A limit may be typed short, or as a command printed it."""
-    made = run_command(gate, "create-user", "olga", "--token-limit", "2M", stdin=PASSWORD + "\n")
-    user, other = User(1, "olga", PASSWORD, made.split()[-1]), register(gate)
+    """What a command does is seen at once."""
+    made = run_command(gate, "create-user", "olga", "--token-limit", "9", stdin=PASSWORD + "\n")
+    user = User(1, "olga", PASSWORD, made.split()[-1])
     gate.secrets.add(user.key)
-    assert me(gate, user)["token_limit"] == 2_000_000
-    printed = run_command(gate, "set-limit", "olga", "50k")
-    run_command(gate, "set-limit", other.name, re.findall(r"\d[\w,]*", printed)[0])
-    assert [me(gate, who)["token_limit"] for who in (user, other)] == [50_000] * 2
+    assert me(gate, user)["token_limit"] == 9
+    run_command(gate, "set-limit", "olga", "50000")
+    assert me(gate, user)["token_limit"] == 50_000
     token, body = login(gate, user), {"name": "laptop"}
     key = call(gate, "POST", "/users/me/keys", token, json=body).json()["api_key"]
     gate.secrets.add(key)
@@ -4945,7 +4949,7 @@ def test_command_that_cannot_be_done_says_so(gate: Gate) -> None:
     """One line and a status that a script can see; nor is a key revoked in another's name."""
     paul, other = register(gate, "paul"), register(gate, "rita")
     asked = {"set-limit nobody 5": 1, "reset-usage nobody": 1, "create-user PAUL": 1}
-    asked |= {"set-limit paul 0k": 2, "set-limit paul 5x": 2, "keys rita --revoke 1": 1}
+    asked |= {"set-limit paul 0": 2, "set-limit paul 5x": 2, "keys rita --revoke 1": 1}
     for said, status in zip(outputs(gate.directory, gate.env, asked), asked.values(), strict=True):
         assert len(said.splitlines()) == 1 or (said and status == 2), said
     assert chat(gate, paul.key).status_code == 200
