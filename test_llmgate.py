@@ -3026,7 +3026,10 @@ def test_request_left_is_ended_by_vllm_and_exact(
 def test_request_left_where_vllm_cannot_end_it(
     gate: Gate, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, scale_out_is: bool | None
 ) -> None:
-    """A stream is cut within a second: an estimate between the deltas and the reservation."""
+    """A stream is cut within a second: an estimate between the deltas and the reservation.
+
+    vLLM's refusal to end one is remembered.
+    """
     monkeypatch.setattr(upstream, "scale_out", scale_out_is)
     user, other = register(gate), register(gate)
     cases = list(itertools.product(AGENTS, LEFT_MODELS))
@@ -3044,6 +3047,7 @@ def test_request_left_where_vllm_cannot_end_it(
 
     left = in_parallel(len(cases), ask_and_leave)
     wait_until(lambda: not upstream.running())
+    asked = len([x for x in upstream.exchanges if x.path == ABORT_PATH])
     for case, (deltas, reserved, answer, left_at) in zip(cases, left, strict=True):
         row = gate.row(answer)
         exchange = exchanges(gate)[row.request_id]
@@ -3056,6 +3060,7 @@ def test_request_left_where_vllm_cannot_end_it(
         wait_until(lambda: gate.usage(other))
     row = gate.last_row(other)
     assert (row.status, row.estimated, row.total) == ("aborted", 0, 25)
+    assert 0 < asked == len([x for x in upstream.exchanges if x.path == ABORT_PATH])
 
 
 def test_vllm_that_comes_back_is_asked_again_what_it_can(
@@ -3150,6 +3155,24 @@ def test_counting_is_free(gate: Gate) -> None:
     for model, status in (("no-such", 404), (5, 400)):
         refused(path, relay(gate, user.key, path, body | {"model": model}), status)
     refused(path, relay(gate, "", path, body), 401)
+
+
+def test_only_so_many_are_counted_at_once(make_gate: MakeGate) -> None:
+    """They hold threads: 24 of the gate's 32 that no relay takes."""
+    go_on = threading.Event()
+
+    def say(upstream: ScriptedHandler, body: JSONObject) -> None:
+        assert go_on.wait(10)
+        upstream.reply_json(200, {"input_tokens": 10})
+
+    with scripted_gate(make_gate, say) as gate, ThreadPoolExecutor(24) as pool:
+        ask = functools.partial(relay, gate, register(gate).key, "messages/count_tokens")
+        answers = [pool.submit(ask, body_of("messages")) for _ in range(24)]
+        wait_until(lambda: len(gate.upstream.exchanges) >= 24)
+        refused("messages", ask(body_of("messages")), 503)
+        go_on.set()
+        assert {answer.result().status_code for answer in answers} == {200}
+        gate.expected_5xx = {503}
 
 
 def test_forced_tool_that_vllm_refuses_when_made_is_not_free(gate: Gate, user: User) -> None:
@@ -3880,14 +3903,17 @@ def test_gate_that_is_told_to_end_lets_answers_end(
     gate.expected_5xx = {503}
     user, whole = register(gate), []
 
-    def ask_until_refused(_: int) -> None:
+    def ask_until_refused(number: int) -> None:
+        endpoint = ENDPOINTS[number % len(ENDPOINTS)]
+        body = body_of(endpoint, stream=True)
         with contextlib.suppress(requests.ConnectionError):  # nobody listens any more
             while True:
-                with chat(gate, user.key, stream=True) as answer:
+                with relay(gate, user.key, endpoint, body) as answer:
                     if answer.status_code != 200:
-                        assert_error(answer, 503, "draining")
+                        refused(endpoint, answer, 503, "draining")
                         return
-                    assert list(stream_events(answer))[-1] == b"data: [DONE]\n\n"
+                    last = list(stream_events(answer))[-1]
+                    assert re.search(rb"\[DONE\]|message_stop|response.completed", last)
                     whole.append(answer.headers["X-Request-Id"])
 
     with connected(gate), ThreadPoolExecutor(1) as pool:
