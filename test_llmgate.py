@@ -3728,6 +3728,28 @@ def test_answer_that_breaks_off_is_told_and_booked(make_gate: MakeGate) -> None:
     assert len(gate.upstream.asked()[-1].answer()) < 40_000_000
 
 
+def test_events_that_come_with_the_break_are_shown(make_gate: MakeGate) -> None:
+    """They lie in one packet with the chunk that makes no sense; they count, too."""
+
+    def say(upstream: ScriptedHandler, body: JSONObject) -> None:
+        events = []
+        for number, word in enumerate(WORDS[:3], 1):
+            choice = {"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None}
+            usage = {"prompt_tokens": 10, "completion_tokens": number}
+            events.append(b"data: %s\n\n" % dump({"choices": [choice], "usage": usage}))
+        upstream.start_stream()
+        chunks = b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events)
+        upstream.wfile.write(chunks + b"no size\r\n")
+        upstream.exchange.tokens = 13
+
+    with scripted_gate(make_gate, say) as gate:
+        user = register(gate)
+        *events, last = streamed(gate, user.key)
+        assert spoken(events) == " ".join(WORDS[:3]) + " "
+        assert data(last)["error"]["code"] == "upstream_error"
+        assert gate.tokens_used(user) == 13
+
+
 LEFT_CHATS: list[tuple[str, JSONObject, int]] = [  # and how many events are read before
     ("silent", {}, 4),
     ("slow", {}, 4),
