@@ -42,7 +42,7 @@ import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
@@ -92,7 +92,15 @@ SILENT_TOKENS_PER_S = 20  # the guess for a vLLM that has begun but shows nothin
 LOCAL_PORTS = (8001, 8000, 11434, 8080, 9931, 1234, 30000)  # vLLM, Ollama, llama.cpp, ...
 SECRET_FILE = "llmgate.secret"
 
+CORES = os.sched_getaffinity(0)  # that this process may use
+
 log = logging.getLogger("llmgate")
+
+
+def run_on(cores: set[int]) -> None:
+    """Lets this thread, and those that it starts, run on these cores only."""
+    with suppress(OSError):  # where that is forbidden
+        os.sched_setaffinity(0, cores)
 
 
 # ---- 1 Settings -----------------------------------------------------------------------------------
@@ -221,8 +229,12 @@ def read_dotenv(path: Path) -> dict[str, str]:
 def make_private(path: Path) -> None:
     """Takes a file with a secret out of the sight of other users of this machine."""
     if path.stat().st_mode & 0o077:
-        path.chmod(0o600)
-        log.warning("%s was open to other users of this machine; repaired", path)
+        done = "repaired"
+        try:
+            path.chmod(0o600)
+        except OSError as error:  # it is another user's
+            done = f"not repaired: {error.strerror}"
+        log.warning("%s was open to other users of this machine; %s", path, done)
 
 
 # ---- 2 Errors -------------------------------------------------------------------------------------
@@ -486,9 +498,8 @@ USERNAME = re.compile(r"[A-Za-z0-9_.-]{3,64}")
 API_KEY = re.compile(r"sk-llmgate-([0-9A-Za-z]{43})([0-9A-Za-z]{6})")
 BCRYPT_ROUNDS = 10  # OWASP's least, about 60 ms
 NO_PASSWORD = "$2b$10$abcdefghijklmnopqrstuu4T826PRnz0Hu6YlprUuxkZxOOj5Fw5S"  # nobody's hash
-CORES = os.sched_getaffinity(0)  # that this process may use
 HASHING_AT_ONCE = max(1, len(CORES) - 1)  # leaves a core for the streams
-HASHING = threading.Semaphore(HASHING_AT_ONCE)
+HASHERS = ThreadPoolExecutor(HASHING_AT_ONCE, "hash", run_on, (CORES,))  # beside the streams
 HASHING_PLACES = threading.Semaphore(HASHING_AT_ONCE + 8)  # of those who hash or wait for it
 
 USER_BY_JWT = "SELECT * FROM users WHERE id = :user_id AND jwt_version = :version"
@@ -571,25 +582,21 @@ class Keyring:
             raise APIError("invalid_token", reason=words_of(error)) from None
 
 
-def run_on(cores: set[int]) -> None:
-    """Lets this thread, and those that it starts, run on these cores only."""
-    with suppress(OSError):  # where that is forbidden
-        os.sched_setaffinity(0, cores)
-
-
 @contextmanager
-def hashing() -> Iterator[None]:
-    """A turn to hash a password; 429 at once when 8 wait for theirs already."""
-    if not HASHING_PLACES.acquire(blocking=False):
-        raise APIError("rate_limit_exceeded", why="Too many logins at once")
-    gate_core = os.sched_getaffinity(0)
+def a_place(places: threading.Semaphore, error: APIError) -> Iterator[None]:
+    """One of so many places; the error at once when all are taken."""
+    if not places.acquire(blocking=False):
+        raise error
     try:
-        with HASHING:
-            run_on(CORES)
-            yield
+        yield
     finally:
-        run_on(gate_core)
-        HASHING_PLACES.release()
+        places.release()
+
+
+def place_to_hash() -> AbstractContextManager[None]:
+    """Of those who hash a password or wait for it; 429 at once when 8 wait already."""
+    too_many = APIError("rate_limit_exceeded", why="Too many logins at once")
+    return a_place(HASHING_PLACES, too_many)
 
 
 def hash_password(password: object, param: str = "password") -> str:
@@ -597,8 +604,10 @@ def hash_password(password: object, param: str = "password") -> str:
     encoded = utf8(password)
     if len(encoded.decode()) < 8 or len(encoded) > 72:
         raise APIError("invalid_value", param, must_be="a string of 8 characters to 72 bytes")
-    with hashing():
-        return bcrypt.hashpw(encoded, bcrypt.gensalt(BCRYPT_ROUNDS)).decode()
+    with place_to_hash():
+        return (
+            HASHERS.submit(bcrypt.hashpw, encoded, bcrypt.gensalt(BCRYPT_ROUNDS)).result().decode()
+        )
 
 
 def log_in(username: object, password: object) -> Row:
@@ -608,7 +617,7 @@ def log_in(username: object, password: object) -> Row:
     name = username.lower()[:65] if isinstance(username, str) else ""
     g.login_name = name if USERNAME.fullmatch(name) else "(no well-formed name)"
     values: JSONObject = {"name_hash": sha256_of(name)}  # people type passwords as names, too
-    with hashing():
+    with place_to_hash():
         found = database.query(USER_BY_NAME, name=g.login_name)
         with database.begin() as execute:  # before it is known whether the password is right
             (attempt,) = execute(COUNT_TRY, values)
@@ -621,8 +630,8 @@ def log_in(username: object, password: object) -> Row:
             held_ms = min(1000 * 2 ** (attempt.tries - 5), 900_000) if attempt.tries >= 5 else 0
             execute(HOLD_NAME, values | {"held": now_ms + held_ms})
         stored = found[0].password_hash if found else NO_PASSWORD
-        right = bcrypt.checkpw(encoded[:72], stored.encode()) and len(encoded) <= 72
-    if not found or not right:
+        right = HASHERS.submit(bcrypt.checkpw, encoded[:72], stored.encode()).result()
+    if not found or not right or len(encoded) > 72:
         raise APIError("invalid_credentials")
     database.write(FORGET_LOGINS, **values)
     if found[0].disabled_at is not None:
@@ -739,25 +748,30 @@ MEDIA_WORD = re.compile(rb'"(image|audio|video|input_|file|document)[a-z_]*"|\\u
 
 
 def media_in(body: JSONObject) -> tuple[int, int, int]:
-    """Pictures, other media, and bytes of their data, in all shapes of OpenAI and Anthropic."""
+    """Pictures, other media, and bytes of their data, in all shapes of OpenAI and Anthropic.
+
+    Only where a model gets them: the same words in a tool, or anywhere else, are text.
+    """
     pictures = 0
     others = 0
     data_bytes = 0
-    stack: list[Any] = [body]
+    stack: list[Any] = [body.get("messages"), body.get("input")]
     while stack:
         value = stack.pop()
         if isinstance(value, list):
             stack += value
         elif isinstance(value, dict):
-            stack += value.values()
+            stack += [value.get("content"), value.get("output")]
             words = MEDIA_KEYS & value.keys()
             if isinstance(value.get("type"), str):
                 words |= MEDIA_TYPES & {value["type"]}
             is_picture = any("image" in word for word in words)
             pictures += is_picture
             others += bool(words) and not is_picture
-            data = [value[name] for name in DATA_FIELDS if isinstance(value.get(name), str)]
-            data_bytes += sum(map(len, data))
+            inner = [value, *(part for part in value.values() if isinstance(part, dict))]
+            for part in inner if words else ():
+                texts = [part[name] for name in DATA_FIELDS if isinstance(part.get(name), str)]
+                data_bytes += sum(map(len, texts))
     return pictures, others, data_bytes
 
 
@@ -776,7 +790,7 @@ class Claim:
         self.body = body
         self.context = context
         self.protocol = PROTOCOLS[endpoint]
-        prompt = body.get(self.protocol.prompt)
+        prompt = body.get(self.protocol.prompt) if self.protocol.prompt else None
         several = isinstance(prompt, list) and prompt and type(prompt[0]) is not int
         self.prompts: list[Any] = cast("list[Any]", prompt) if several else [prompt]
         n = whole_number(body, "n", 1, 16) or 1
@@ -1118,8 +1132,10 @@ def reserve(
     return granted, running
 
 
-def book(execute: Execute, request_id: str, status: str, counts: Counts, times: JSONObject) -> int:
-    """Books a request's tokens as known now; the user's `tokens_used` after it.
+def book(
+    execute: Execute, request_id: str, status: str, counts: Counts, times: JSONObject
+) -> tuple[Counts, int]:
+    """Books a request's tokens as known now; (what was booked, the user's `tokens_used` after it).
 
     Serves checkpoints (`pending`), the end, recovery (`lost`: only once the lease has run out) and
     the late return of a gate whose row was closed as lost: what counts is the difference.
@@ -1129,7 +1145,7 @@ def book(execute: Execute, request_id: str, status: str, counts: Counts, times: 
     (old,) = execute(READ_ROW, new)
     alive = old.status == "pending" and old.lease_until >= now
     if old.status not in ("pending", "lost") or (status == "lost" and alive):
-        return cast(int, old.tokens_used)
+        return counts, old.tokens_used
     # What was held may be used up; more only if nobody else holds it. (A lost row's
     # reservation may have gone to others by the time its gate comes back.)
     counts = counts.at_most(old.booked + max(old.reserved, old.reserved + old.free))
@@ -1140,7 +1156,7 @@ def book(execute: Execute, request_id: str, status: str, counts: Counts, times: 
     execute(UPDATE_ROW, new | counts._asdict() | times)
     released = old.reserved - new["reserved"]
     execute(MOVE_TOKENS, {"user_id": old.user_id, "more": more, "released": released})
-    return cast(int, old.tokens_used + more)
+    return counts, old.tokens_used + more
 
 
 RESET = (  # a balancing row: tokens_used stays the sum of the rows, and they stay
@@ -1821,7 +1837,7 @@ class Relay:
                 counts = self.counts if ended else meter.counts()
                 row = (self.request_id, status, counts, self.times)
                 with self.watcher.database.begin() as execute:
-                    self.tokens_used = book(execute, *row)
+                    counts, self.tokens_used = book(execute, *row)
             if ended:
                 self.watcher.running.discard(self)
         if ended and meter:
@@ -2231,12 +2247,8 @@ def count_tokens() -> Response:
     require_relayable(body, "messages")
     body["model"] = upstreams.resolve(body["model"])
     server = upstreams.route(body["model"], [])[0]
-    if not COUNTING.acquire(blocking=False):
-        raise APIError("overloaded")
-    try:
+    with a_place(COUNTING, APIError("overloaded")):
         answer = server.call("/v1/messages/count_tokens", encoded(body), 30)
-    finally:
-        COUNTING.release()
     require_good_answer(answer.status_code, answer.headers)
     return plain_answer(answer.content, answer.status_code, answer.headers)
 
@@ -2650,22 +2662,24 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
     with suppress(AttributeError):  # glibc would keep the memory of large bodies for good
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
     # Of a process's threads one runs Python at a time; on one core it hands on to the next in half
-    # the time. Processes, and gates on other ports, get other cores.
-    cores = sorted(CORES)
-    run_on({cores[(listening.getsockname()[1] + number) % len(cores)]})
+    # the time. Each of several processes takes another one.
+    here = ctypes.CDLL(None).sched_getcpu()
+    cores = sorted(CORES, key=lambda core: (core < here, core))
+    run_on({cores[(number - 1) % len(cores)]})
     server = Server(settings, listening, number)
 
     def end(*_: object) -> None:
-        if server.app.watcher.draining:
+        if not server.app.watcher.draining:
+            if number == 1:
+                click.echo(
+                    "Waiting up to 30 s for running answers; once more to stop now.", err=True
+                )
+            server.drain()
+        elif settings.processes == 1:  # of several the supervisor knows what is a second signal
             os._exit(1)
-        if number == 1:
-            click.echo("Waiting up to 30 s for running answers; once more to stop now.", err=True)
-        server.drain()
 
     for name in ENDING:
         signal.signal(name, end)
-    if settings.processes > 1:  # a terminal's Ctrl-C reaches all; the first one passes it on
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     if number == 1:
         urls = ", ".join(upstream.url for upstream in server.app.upstreams)
@@ -2680,16 +2694,18 @@ register  {how_to_register(server.url, settings)}""")
 def serve_all(settings: Settings, listening: socket.socket) -> None:
     """Starts PROCESSES gates on one socket and looks after them: a dead one is replaced."""
     Gate(settings).database.close()  # makes the tables and the secret, while nobody else does
+    run_on({ctypes.CDLL(None).sched_getcpu()})  # they take this core and the next ones
     supervisor = os.getpid()
     numbers: dict[int, int] = {}  # of the gates, by process id
     ending = False
+    wrong_setting = False
 
     def end(*_: object) -> None:
         nonlocal ending
-        ending = True
         for pid in list(numbers):
             with suppress(ProcessLookupError):  # it has just ended
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGKILL if ending else signal.SIGTERM)
+        ending = True
 
     def start(number: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the new process has its own
@@ -2710,13 +2726,14 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
         pid, wait_status = os.wait()
         number = numbers.pop(pid)
         code = os.waitstatus_to_exitcode(wait_status)
-        if not ending and code == 2:  # a setting is wrong
+        if not ending and code == 2:
+            wrong_setting = True
             end()
         if not ending:
             click.echo(f"Process {number} ended ({code}); starting another.", err=True)
             time.sleep(1)
             start(number)
-    sys.exit(code)
+    sys.exit(2 if wrong_setting else code != 0)
 
 
 @click.group(invoke_without_command=True)

@@ -1296,7 +1296,8 @@ def customized(directory: Path, code: str) -> dict[str, str]:
 
 def resources() -> Counter[str]:
     """Return the kinds of open descriptors and the running threads of this process."""
-    found = Counter(re.sub(r"[-_]\d+", "", thread.name) for thread in threading.enumerate())
+    threads = [thread for thread in threading.enumerate() if not thread.name.startswith("hash")]
+    found = Counter(re.sub(r"[-_]\d+", "", thread.name) for thread in threads)
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             found[re.sub(r":\[\d+\]", "", os.readlink(f"/proc/self/fd/{number}"))] += 1
@@ -3337,14 +3338,23 @@ def test_answer_without_a_count_is_estimated(gate: Gate) -> None:
 
 
 def test_true_count_above_the_claim_is_charged(make_gate: MakeGate) -> None:
-    """A chat template may add more than the bytes of the JSON; an absurd count is no count."""
-    counts = iter([900, 10**30])
+    """A chat template may add more than the bytes of the JSON; an absurd count is no count.
+
+    Nor is the limit passed; the log tells what was booked.
+    """
+    counts = iter([900, 10**30, 900])
     with scripted_gate(make_gate, lambda up, _: up.say_whole(next(counts), 1)) as gate:
         user = register(gate)
         row = gate.row(chat(gate, user.key, max_tokens=20))
         assert (row.total, row.estimated) == (901, 0)
         row = gate.row(chat(gate, user.key, max_tokens=20))
         assert row.estimated == 1 and 0 < row.total <= MAX_MODEL_LEN
+        row = gate.row(chat(gate, register(gate, token_limit=600).key, max_tokens=20))
+        assert (row.total, row.estimated) == (600, 1)
+        cost = (
+            f"{row.request_id} .* {row.prompt_tokens}\\+{row.completion_tokens} tokens .estimated.,"
+        )
+        assert re.search(cost, gate.log.read_text())
 
 
 def test_prompt_is_counted_exactly_near_the_limit(gate: Gate) -> None:
@@ -3372,6 +3382,7 @@ LARGE: list[tuple[str, JSONObject]] = [
     ("completions", {"prompt": [[1] * 4000]}),
     ("completions", {"prompt": ["x" * 5000, "y" * 9000]}),
     ("completions", {"prompt": "", "prompt_embeds": [PICTURE[:9000]] * 9}),
+    ("chat/completions", {"": [1], "messages": user_says("word " * 20_000)}),
     *[("chat/completions", {name: {"type": "text", "text": "word" * 20_000}}) for name in RENDERED],
 ]
 
@@ -3483,6 +3494,19 @@ def test_picture_is_not_counted_by_its_bytes(make_gate: MakeGate) -> None:
         limits = [1_000_000, 30_000] * len(PICTURE_SHAPES)
         users = [register(gate, token_limit=limit) for limit in limits]
         in_parallel(len(users), ask)
+
+
+def test_what_no_model_sees_as_a_picture_counts_as_text(make_gate: MakeGate) -> None:
+    """Beside a picture, too: the words of one in the parameters of a tool."""
+    listed = {"id": "ok", "max_model_len": 131072}
+    endpoint, body = with_picture("image_url", 1000)
+    function = {"name": "f", "parameters": {"data": "word" * 2000}}
+    tool = {"type": "function", "function": function}
+    with scripted_gate(make_gate, lambda up, _: up.say_whole(), listed) as gate:
+        user = register(gate, token_limit=20_000)
+        answer = relay(gate, user.key, endpoint, body | {"tools": [tool]})
+        assert_error(answer, 429, "insufficient_quota")
+        assert relay(gate, user.key, endpoint, body).status_code == 200
 
 
 def test_batch_of_embeddings_counts_as_vllm_counts_it(make_gate: MakeGate) -> None:
@@ -3916,12 +3940,18 @@ def test_killed_process_is_replaced_and_none_is_left_behind(start_process: Start
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in after), 10)
 
 
-@pytest.mark.parametrize(("ending", "delay_s"), [(signal.SIGTERM, 0.0), (signal.SIGHUP, 0.03)])
+ENDINGS = [(signal.SIGTERM, 0.0, "1"), (signal.SIGHUP, 0.03, "1"), (signal.SIGHUP, 0.0, "2")]
+
+
+@pytest.mark.parametrize(("ending", "delay_s", "processes"), ENDINGS)
 def test_gate_that_is_told_to_end_lets_answers_end(
-    start_process: StartProcess, ending: signal.Signals, delay_s: float
+    start_process: StartProcess, ending: signal.Signals, delay_s: float, processes: str
 ) -> None:
-    """What comes with the signal is answered or refused, never cut or left pending; status 0."""
-    gate = start_process()
+    """What comes with the signal is answered or refused, never cut or left pending; status 0.
+
+    A terminal that is closed tells all processes of a gate, not only the first.
+    """
+    gate = start_process(PROCESSES=processes)
     gate.expected_5xx = {503}
     user, whole = register(gate), []
 
@@ -3943,7 +3973,8 @@ def test_gate_that_is_told_to_end_lets_answers_end(
         wait_until(lambda: len(whole) > 20)
         with chat(gate, user.key, "slow", stream=True, max_tokens=20) as running:
             wait_until(after_seconds(delay_s))
-            gate.process.send_signal(ending)
+            for pid in (*gate.workers(), gate.process.pid):
+                os.kill(pid, ending)
             assert asking.result() == [None] * 12
             assert gate.upstream.running() == 1
             assert list(stream_events(running))[-1] == b"data: [DONE]\n\n"
@@ -4004,10 +4035,11 @@ def test_locked_database_is_waited_for(start_process: StartProcess) -> None:
     user = register(gate)
     with (
         chat(gate, user.key, "slow", stream=True, max_tokens=5) as running,
-        ThreadPoolExecutor(3) as pool,
+        ThreadPoolExecutor(9) as pool,
     ):
         with database_locked(gate):
             began = time.monotonic()
+            logins = [pool.submit(try_login, gate, user.name, PASSWORD) for _ in range(6)]
             early = pool.submit(chat, gate, user.key)
             setting = ("set-limit", user.name, "5")
             told = pool.submit(command, gate.directory, gate.env, *setting, status=1)
@@ -4017,6 +4049,7 @@ def test_locked_database_is_waited_for(start_process: StartProcess) -> None:
             late, over = pool.submit(chat, gate, user.key), after_seconds(3)
             assert_error(early.result(), 503, "database_unavailable")
             assert len(told.result().stderr.strip().splitlines()) == 1
+            assert {login.result().status_code for login in logins} == {503}
             assert 4 < time.monotonic() - began < 8
             wait_until(over)
             assert not late.done()
@@ -4827,8 +4860,13 @@ def test_start_that_cannot_be_is_one_line(tmp_path: Path) -> None:
         in_parallel(len(cases), start)
 
 
-def test_env_file_with_a_secret_is_made_private(tmp_path: Path) -> None:
-    """And a warning; else it is left alone. Names like no setting are somebody else's."""
+def test_env_file_with_a_secret_is_made_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a warning; else it is left alone. Names like no setting are somebody else's.
+
+    A file of another user cannot be repaired; the warning says so.
+    """
     others = "THREADS=90\nCOMPOSE_PROJECT_NAME=x\nLLMGATE_API_KEY=x\n"
     for text, mode in ((f"JWT_SECRET_KEY={JWT_SECRET}\n", 0o600), (others, 0o644)):
         (tmp_path / ".env").write_text(text)
@@ -4836,6 +4874,14 @@ def test_env_file_with_a_secret_is_made_private(tmp_path: Path) -> None:
         said = command(tmp_path, {}, "create-tables").stderr
         assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == mode
         assert (".env" in said) == (mode == 0o600) and JWT_SECRET not in said
+    (tmp_path / ".env").write_text(f"JWT_SECRET_KEY={JWT_SECRET}\n")
+
+    def forbid(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", forbid)
+    assert llmgate.read_dotenv(tmp_path / ".env") == {"JWT_SECRET_KEY": JWT_SECRET}
+    assert "not repaired: Operation not permitted" in caplog.text
 
 
 def test_usage_report_adds_up(gate: Gate) -> None:
