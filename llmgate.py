@@ -214,8 +214,8 @@ def read_dotenv(path: Path) -> dict[str, str]:
     """The variables of .env; SettingsError for a misspelt name; hides a file that has secrets."""
     try:
         found = {name: value or "" for name, value in dotenv_values(path).items()}
-    except UnicodeDecodeError:
-        raise SettingsError(".env must be a text file in UTF-8") from None
+    except (OSError, UnicodeDecodeError):
+        raise SettingsError(".env must be a text file in UTF-8 that the gate may read") from None
     known = [item.name.upper() for item in fields(Settings)]
     for name in found:
         near = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.8)
@@ -1661,6 +1661,7 @@ class Relay:
         row: JSONObject = {"request_id": self.request_id, "model": self.model}
         row |= {"endpoint": self.endpoint, "stream": int(self.stream)}
         most = app.settings.max_requests_per_user
+        self.watcher.begin_period()  # the first request of a period does not wait for upkeep()
         with app.database.begin() as execute:
             if self.stopped_by:  # drain() waits no longer
                 raise APIError("draining", reason=self.stopped_by)
@@ -1919,16 +1920,15 @@ class Watcher:
         self.draining = False
         self._admission = threading.Lock()  # protects draining, and counts of `running`
         self._renew_at: float | None = 0.0  # when the next period of quotas begins; None: never
-        self._upkeep_at = 0.0  # when the next round of upkeep is due (monotonic)
-        self._round_at = time.time()  # when the last one was well
+        self._round_at = time.time()  # when the last round of upkeep was well
         self._recover_at = 0.0  # no row is taken for dead before (monotonic)
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begins to watch, in two threads: a slow disk does not hold up the look at callers."""
-        for work in (self._stop_left, self._keep_up):
-            self._threads.append(threading.Thread(target=self._repeat, args=(work,), daemon=True))
+        for work in ((self._stop_left, 0.1), (self.upkeep, UPKEEP_S)):
+            self._threads.append(threading.Thread(target=self._repeat, args=work, daemon=True))
             self._threads[-1].start()
 
     def stop(self) -> None:
@@ -1957,9 +1957,9 @@ class Watcher:
         with self._admission:
             self.draining = True
 
-    def _repeat(self, work: Callable[[], None]) -> None:
-        """Does it each 0.1 s until stop(); what fails is logged, and the next round tries again."""
-        while not self._stopping.wait(0.1):
+    def _repeat(self, work: Callable[[], None], pause_s: float) -> None:
+        """Does it again and again until stop(); what fails is logged, and tried again."""
+        while not self._stopping.wait(pause_s):
             try:
                 work()
             except APIError as error:
@@ -1973,13 +1973,6 @@ class Watcher:
             if relay.is_gone():
                 relay.stop(LEFT)
 
-    def _keep_up(self) -> None:
-        """Renews quotas when their period begins, and does the upkeep each 2 s."""
-        self.begin_period()
-        if time.monotonic() >= self._upkeep_at:
-            self._upkeep_at = time.monotonic() + UPKEEP_S
-            self.upkeep()
-
     def begin_period(self) -> None:
         """Lets quotas begin again when a period does, once for all gates. 503."""
         if self._renew_at is None or time.time() < self._renew_at:
@@ -1988,11 +1981,12 @@ class Watcher:
         self._renew_at = renew_quotas(self.database, self._quota_period)
 
     def upkeep(self) -> None:
-        """Checkpoints and leases of what runs, what could not be booked, rows of dead gates. 503.
+        """Quotas, checkpoints, leases, what could not be booked, rows of dead gates. 503.
 
         After a gap (a suspended machine, a clock that was set, a database that was away) other gates
         get the time to renew their leases before a row of theirs is taken for dead.
         """
+        self.begin_period()
         if abs(time.time() - self._round_at) > LEASE_S / 2:
             self._recover_at = time.monotonic() + LEASE_S
         for upstream in self.upstreams:
