@@ -605,9 +605,8 @@ def hash_password(password: object, param: str = "password") -> str:
     if len(encoded.decode()) < 8 or len(encoded) > 72:
         raise APIError("invalid_value", param, must_be="a string of 8 characters to 72 bytes")
     with place_to_hash():
-        return (
-            HASHERS.submit(bcrypt.hashpw, encoded, bcrypt.gensalt(BCRYPT_ROUNDS)).result().decode()
-        )
+        hashing = HASHERS.submit(bcrypt.hashpw, encoded, bcrypt.gensalt(BCRYPT_ROUNDS))
+        return hashing.result().decode()
 
 
 def log_in(username: object, password: object) -> Row:
@@ -630,7 +629,8 @@ def log_in(username: object, password: object) -> Row:
             held_ms = min(1000 * 2 ** (attempt.tries - 5), 900_000) if attempt.tries >= 5 else 0
             execute(HOLD_NAME, values | {"held": now_ms + held_ms})
         stored = found[0].password_hash if found else NO_PASSWORD
-        right = HASHERS.submit(bcrypt.checkpw, encoded[:72], stored.encode()).result()
+        checking = HASHERS.submit(bcrypt.checkpw, encoded[:72], stored.encode())
+        right = checking.result()
     if not found or not right or len(encoded) > 72:
         raise APIError("invalid_credentials")
     database.write(FORGET_LOGINS, **values)
@@ -2664,11 +2664,9 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
 
     def end(*_: object) -> None:
         if not server.app.watcher.draining:
-            if number == 1:
-                click.echo(
-                    "Waiting up to 30 s for running answers; once more to stop now.", err=True
-                )
             server.drain()
+            if number == 1:
+                click.echo("Running answers get 30 s; once more to stop at once.", err=True)
         elif settings.processes == 1:  # of several the supervisor knows what is a second signal
             os._exit(1)
 
@@ -2727,7 +2725,9 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
             click.echo(f"Process {number} ended ({code}); starting another.", err=True)
             time.sleep(1)
             start(number)
-    sys.exit(2 if wrong_setting else code != 0)
+    if wrong_setting:
+        sys.exit(2)
+    sys.exit(1 if code else 0)
 
 
 @click.group(invoke_without_command=True)
