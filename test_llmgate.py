@@ -129,6 +129,7 @@ BEHAVIOURS = {
     "long": Behaviour(most=50, pace_s=0.01, max_model_len=131072),
     "echo": Behaviour(most=1000),
     "lumpy": Behaviour(),
+    "apart": Behaviour(pace_s=0.01),
     "prefill": Behaviour(prefill_s=30),
     "thinking": Behaviour(most=60, pace_s=0.02, thinking=40),
     "hidden": Behaviour(most=200, pace_s=0.02, hidden=150),
@@ -213,6 +214,7 @@ class Upstream(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.pace_s = pace_s
         self.idle_s = idle_s
+        self.count_s = 0.0  # what /tokenize takes
         self.scale_out: bool | None = False  # has abort_requests; None: never heard of it
         self.serves = frozenset(BEHAVIOURS)  # the models in its list, other names too
         self.keeps_bytes = True  # of the answers, for tests that compare them
@@ -346,6 +348,7 @@ class UpstreamHandler(BaseHTTPRequestHandler):
                 about = {"context_management": {"original_input_tokens": count}}
                 self.reply_json(200, {"input_tokens": count} | about)
             case ("POST", "/tokenize"):
+                self.wait(self.server.count_s)
                 count = sum(prompt_tokens(self.parse()))
                 answer = {"count": count, "max_model_len": MAX_MODEL_LEN, "token_strs": None}
                 ids = list(range(min(count, MAX_MODEL_LEN)))
@@ -1081,12 +1084,6 @@ class Gate:
         )
         return next(row for row in self.usage() if row.request_id == name)
 
-    def last_row(self, user: User, timeout: float = 3.0) -> UsageRow:
-        """Return the user's only row, waiting until it is booked."""
-        wait_until(lambda: [r for r in self.usage(user) if r.status != "pending"], timeout)
-        (row,) = self.usage(user)
-        return row
-
     def tokens_used(self, user: User) -> int:
         """Return the user's counter."""
         return int(self.rows("SELECT tokens_used FROM users WHERE id = ?", user.id)[0][0])
@@ -1674,6 +1671,15 @@ def read_events(connection: socket.socket, count: int) -> bytes:
     return received
 
 
+def leave_with_fin(connection: socket.socket) -> None:
+    """Close when all that has come was read; else it would be a reset."""
+    connection.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while connection.recv(1 << 20):
+            pass
+    connection.close()
+
+
 def leave_with_reset(connection: socket.socket) -> None:
     """Close with RST instead of FIN, as a client does whose process is killed."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -1806,6 +1812,18 @@ def test_login_takes_json_and_a_form(gate: Gate, user: User) -> None:
         assert call(gate, "GET", "/users/me", token).status_code == 200
 
 
+def test_life_of_a_jwt_and_size_of_a_body_are_settings(make_gate: MakeGate) -> None:
+    """One hour here, and one megabyte."""
+    gate = make_gate(JWT_EXPIRATION_HOURS="1", MAX_BODY_MB="1")
+    user = register(gate)
+    answer = try_login(gate, user.name, PASSWORD).json()
+    claims = jwt.decode(answer["access_token"], options={"verify_signature": False})
+    assert claims["exp"] - claims["iat"] == answer["expires_in"] == 3600
+    assert_error(post_text(gate, "/v1/chat/completions", user.key, b" " * (2 << 20)), 413)
+    long = user_says("x" * 900_000)
+    assert chat(gate, user.key, messages=long).status_code == 400  # vLLM's
+
+
 def test_names_are_unique_whatever_their_case(gate: Gate) -> None:
     """Also when eight ask for one at the same time: one row, and seven clear answers."""
     body = {"username": "alice_1", "password": PASSWORD}
@@ -1890,13 +1908,10 @@ def test_unknown_name_and_wrong_password_look_the_same(gate: Gate) -> None:
         bodies.add(answer.content)
         return time.perf_counter() - began
 
-    def difference() -> float:
-        names = [register(gate).name for _ in range(4)] * 3
-        pairs = [(seconds(name), seconds(f"no-{name}-{i}")) for i, name in enumerate(names)]
-        wrong, unknown = (statistics.median(times) for times in zip(*pairs, strict=True))
-        return float(abs(wrong - unknown) / max(wrong, unknown))
-
-    assert best_of_six(difference, 0.25) < 0.25
+    names = [register(gate).name for _ in range(7)] * 3
+    pairs = [(seconds(name), seconds(f"no-{name}-{i}")) for i, name in enumerate(names)]
+    wrong, unknown = (statistics.median(times) for times in zip(*pairs, strict=True))
+    assert abs(wrong - unknown) < 0.25 * max(wrong, unknown)
     assert len(bodies) == 1
 
 
@@ -2030,6 +2045,8 @@ def test_named_keys_are_listed_and_revoked(gate: Gate) -> None:
     assert [item["name"] for item in keys][1:] == ["laptop"]
     assert [item["api_key"] for item in keys] == [user.key, key]
     assert [item["tokens_used"] for item in keys] == [0, 30]
+    assert keys[1]["last_used_at"] >= keys[1]["created_at"] > 0
+    assert keys[0]["last_used_at"] is None
     assert call(gate, "DELETE", f"{path}/{keys[1]['id']}", token).status_code == 204
     assert_error(chat(gate, key), 401, "invalid_api_key")
     assert chat(gate, user.key).status_code == 200
@@ -2074,6 +2091,13 @@ def test_guessing_is_slowed_down_for_one_name_only(gate: Gate) -> None:
     assert unknown[-1].content == guesses[-1].content
     wait_s = int(held_back.headers["Retry-After"])
     wait_until(lambda: try_login(gate, user.name, PASSWORD).status_code == 200, wait_s + 1)
+    assert_error(try_login(gate, user.name, "wrong-password"), 401)
+    waits = []
+    for tries in (4, 5, 6, 30):
+        gate.rows("UPDATE login_attempts SET tries = ?, held_until_ms = 0", tries)
+        assert_error(try_login(gate, user.name, "wrong-password"), 401)
+        waits.append(int(try_login(gate, user.name, PASSWORD).headers["Retry-After"]))
+    assert waits == [1, 2, 4, 15 * 60]
 
 
 def test_guesses_are_counted_before_they_are_tried(gate: Gate, user: User) -> None:
@@ -2197,14 +2221,11 @@ def test_each_event_passes_at_once(gate: Gate, user: User) -> None:
     assert best_of_six(lambda: longest_delay(gate, user.key), 0.15) < 0.15
 
 
-STREAM_OPTIONS: list[JSONObject | None] = [
-    *[None, {}, {"include_usage": False}, {"include_usage": True}],
-    {"include_usage": True, "continuous_usage_stats": False},
-    {"include_usage": True, "continuous_usage_stats": True},
-]
+STREAM_OPTIONS: list[JSONObject | None] = [None, {"include_usage": False}, {"include_usage": True}]
+STREAM_OPTIONS += [{"include_usage": True, "continuous_usage_stats": on} for on in (False, True)]
 
 
-@pytest.mark.parametrize("model", ["ok", "lumpy"])
+@pytest.mark.parametrize("model", ["ok", "lumpy", "apart"])
 def test_stream_is_what_vllm_would_have_sent(gate: Gate, user: User, model: str) -> None:
     """The usage that only the gate asked for is gone, every other byte is there."""
     for options in STREAM_OPTIONS:
@@ -2219,7 +2240,7 @@ def test_stream_is_what_vllm_would_have_sent(gate: Gate, user: User, model: str)
             shown = [event for event in events if b'"usage":' in event]
             assert shown == events[-2:-1] * wanted.get("include_usage", False)
     gate.settle()
-    assert [(row.total, row.estimated) for row in gate.usage(user)] == [(50, 0)] * 6
+    assert [(row.total, row.estimated) for row in gate.usage(user)] == [(50, 0)] * 5
     body = {"model": model, "prompt": PROMPT, "stream": True, "max_tokens": 5}
     with relay(gate, user.key, "completions", body) as response:  # whose events are other objects
         events = list(stream_events(response))
@@ -2304,32 +2325,22 @@ def test_answer_is_read_however_it_arrives(make_gate: MakeGate) -> None:
         assert gate.row(answer).total == 0  # what is no HTTP is free
 
 
-def test_stream_is_the_same_when_each_event_comes_alone(make_gate: MakeGate) -> None:
-    """The usage that nobody asked for, too; and text that a broken answer repeats counts once."""
+def test_text_that_a_broken_answer_repeats_counts_once(make_gate: MakeGate) -> None:
+    """Its events tell all of it thrice before the last one, with the usage, which does not come."""
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        told = PROTOCOLS[upstream.path](body, Behaviour(), "x")
+        told = ResponseAnswer(body, Behaviour())
         told.made = 20
-        events = b"".join(event for _, event in told.events()) + told.end
-        # Not every server ends the event with something else than its usage.
-        events = events.replace(f',"system_fingerprint":"{FINGERPRINT}"'.encode(), b"")
+        events = b"".join(event for _, event in told.events())
         upstream.start_stream()
         upstream.exchange.tokens = 30
-        for event in re.findall(rb"(?s).*?\n\n", events):
-            if b'"response.completed"' not in event:
-                upstream.wait(0.01)
-                upstream.chunk(event)
+        for event in re.findall(rb"(?s).*?\n\n", events)[:-1]:
+            upstream.wait(0.01)
+            upstream.chunk(event)
         upstream.wfile.write(b"0\r\n\r\n")
 
     with scripted_gate(make_gate, say) as gate:
-        key = register(gate).key
-        last = {"include_usage": True}
-        for options in ({}, last, last | {"continuous_usage_stats": True}):
-            with chat(gate, key, stream=True, max_tokens=20, stream_options=options) as answer:
-                content = b"".join(stream_events(answer))
-            assert content == said_by_vllm(gate.upstream.asked()[-1], options)
-            assert gate.row(answer).total == 30 and not gate.row(answer).estimated
-        broken = relay(gate, key, "responses", body_of("responses", stream=True))
+        broken = relay(gate, register(gate).key, "responses", body_of("responses", stream=True))
         assert b"event: response.failed" in broken.content
         assert gate.row(broken).estimated and 20 <= gate.row(broken).completion_tokens <= 30
 
@@ -2532,6 +2543,8 @@ HARMFUL = ["kv_transfer_params", "ec_transfer_params", "vllm_xargs"]  # in every
 STORED = ["previous_response_id", "previous_input_messages", "request_id"]  # without an owner
 REFUSED_FIELDS = {  # whatever their value, but for null
     "chat/completions": [*HARMFUL, "priority", "request_id", "stream_interval", "use_beam_search"],
+    "completions": [*HARMFUL, "priority", "request_id", "stream_interval", "use_beam_search"],
+    "embeddings": [*HARMFUL, "priority", "request_id"],
     "messages": HARMFUL,
     "responses": HARMFUL + STORED,
 }
@@ -2686,6 +2699,7 @@ STREAMS: dict[str, list[bytes]] = {
     "no blank after data:": [LAST, USAGE.replace(b"data: ", b"data:"), DONE],
     "beside the end": [LAST.replace(b"]}", b'],"usage":%s}' % COUNT), DONE],
     "before the end": [LAST.replace(b'"id"', b'"usage":%s,"id"' % COUNT), DONE],
+    "in each event": [TEXT.replace(b"]}", b'],"usage":%s}' % COUNT), LAST, USAGE, DONE],
     "in a tool's string": [CALL % (b'"{\\"usage\\": null}"', COUNT), LAST, USAGE, DONE],
     "in a tool's object": [CALL % (b'{"usage": null}', COUNT), LAST, USAGE, DONE],
     "more after [DONE]": [LAST, USAGE, DONE, TEXT],
@@ -2910,95 +2924,75 @@ def test_agents_stream_that_breaks_off_says_so(
         assert row.prompt_tokens >= 10 and 3 <= row.completion_tokens <= 30
 
 
-def leave_with_fin(connection: socket.socket) -> None:
-    """Close when all that has come was read; else it would be a reset."""
-    connection.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        while connection.recv(1 << 20):
-            pass
-    connection.close()
-
-
-LEFT_MODELS = ["prefill", "slow", "tool", "thinking", "silent"]
+LEFT_MODELS = ["prefill", "slow", "tool", "thinking", "silent", "hidden", "nostreamopts"]
 LEFT = list(itertools.product(LEFT_MODELS, (True, False), (leave_with_fin, leave_with_reset)))
 
 
+@pytest.mark.parametrize("scale_out", [True, False, None], ids=["scale-out", "off", "older vLLM"])
 @pytest.mark.parametrize("endpoint", ["completions", *ENDPOINTS])
-def test_request_left_is_ended_by_vllm_and_exact(
-    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch, endpoint: str
+def test_request_that_is_left_ends_and_is_charged(
+    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch, endpoint: str, scale_out: bool | None
 ) -> None:
-    """In the prefill, in text, thoughts or a tool call; streamed or plain; with all choices."""
-    gate = make_gate(MAX_REQUESTS_PER_USER=str(len(LEFT)))
-    user, upstream = register(gate), gate.upstream
-    monkeypatch.setattr(upstream, "scale_out", True)
+    """In the prefill, text, thoughts, a tool call or unseen; streamed, plain; with all choices.
 
-    def ask_and_leave(number: int) -> float:
-        model, stream, leave = LEFT[number]
+    To the token where vLLM can end it. Else, and that is remembered, a stream is cut: to its last
+    event if each told a count, or a marked estimate; and a plain request is charged whole.
+    """
+    prompt = 20 if endpoint == "completions" else 10
+    told = ["slow", "silent", "thinking"] if endpoint not in AGENTS else []  # a count in each event
+    cases = LEFT
+    if not scale_out:  # of a call only some tokens have an event
+        cases = [x for x in LEFT if (x[0] != "tool" or not told if x[1] else x[0] == "tool")]
+    gate = make_gate(MAX_REQUESTS_PER_USER=str(len(cases)))
+    user, upstream = register(gate), gate.upstream
+    monkeypatch.setattr(upstream, "scale_out", scale_out)
+
+    def ask_and_leave(number: int) -> tuple[float, int]:
+        model, stream, leave = cases[number]
         body = body_of(endpoint, model, stream=stream, seed=number)
         if endpoint == "chat/completions":
             body["n"] = 3
         connection = socket.create_connection(gate.address, timeout=10)
         connection.sendall(raw_chat(user.key, body, endpoint))
         wait_until(lambda: any(x.json()["seed"] == number for x in upstream.asked()))
-        wait_until(after_seconds(0.15))
+        name = next(name for name, x in exchanges(gate).items() if x.json()["seed"] == number)
+        if model == "prefill" or (model, stream) == ("silent", False):
+            wait_until(after_seconds(0.25))
+        else:
+            made = 25 if model == "tool" else 3
+            wait_until(lambda: upstream.tokens()[name] >= prompt + made)
+        (reserved,) = [row.reserved for row in gate.usage() if row.request_id == name]
         leave(connection)
-        return time.monotonic()
+        return time.monotonic(), reserved
 
-    left_at = in_parallel(len(LEFT), ask_and_leave)
-    wait_until(lambda: {row.status for row in gate.usage()} == {"aborted"})
+    left = in_parallel(len(cases), ask_and_leave)
+    wait_until(lambda: {row.status for row in gate.usage()} == {"aborted"}, 2)
     rows, seen = gate.usage(), exchanges(gate)
-    assert len(rows) == len(seen) == len(LEFT)
+    assert len(rows) == len(seen) == len(cases)
     for row in rows:
         exchange = seen[row.request_id]
         number = exchange.json()["seed"]
-        case = LEFT[number][:2]
-        assert not exchange.left, f"{case}: the gate hung up"
-        assert cast(float, exchange.closed_at) - left_at[number] < 1, case
-        assert (row.estimated, row.total) == (0, exchange.tokens), case
-        assert row.prompt_tokens == (20 if endpoint == "completions" else 10), case
-        nothing_made = case[0] == "prefill" or case == ("silent", False)
-        assert (row.completion_tokens == 0) == nothing_made, case
-
-
-@pytest.mark.parametrize("scale_out_is", [False, None], ids=["off", "older vLLM"])
-def test_request_left_where_vllm_cannot_end_it(
-    gate: Gate, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, scale_out_is: bool | None
-) -> None:
-    """A stream is cut within a second: an estimate between the deltas and the reservation.
-
-    vLLM's refusal to end one is remembered.
-    """
-    monkeypatch.setattr(upstream, "scale_out", scale_out_is)
-    user, other = register(gate), register(gate)
-    cases = list(itertools.product(AGENTS, LEFT_MODELS))
-
-    def ask_and_leave(number: int) -> tuple[int, int, requests.Response, float]:
-        endpoint, model = cases[number]
-        deltas = 0
-        with relay(gate, user.key, endpoint, body_of(endpoint, model, stream=True)) as answer:
-            events = stream_events(answer)  # held: one that is dropped closes its connection
-            while model != "prefill" and deltas < 3:
-                deltas += b"delta" in next(events).partition(b"\n")[0]
-            name = answer.headers["X-Request-Id"]
-            reserved = next(row.reserved for row in gate.usage() if row.request_id == name)
-        return deltas, reserved, answer, time.monotonic()
-
-    left = in_parallel(len(cases), ask_and_leave)
-    wait_until(lambda: not upstream.running())
-    asked = len([x for x in upstream.exchanges if x.path == ABORT_PATH])
-    for case, (deltas, reserved, answer, left_at) in zip(cases, left, strict=True):
-        row = gate.row(answer)
-        exchange = exchanges(gate)[row.request_id]
-        assert exchange.left and cast(float, exchange.closed_at) - left_at < 1, case
-        assert (row.status, row.estimated) == ("aborted", 1), case
-        assert deltas <= row.completion_tokens <= 300 and 0 < row.total <= reserved, case
-        assert row.prompt_tokens == 10 or "messages" not in case or "prefill" in case
-    with connected(gate) as connection:  # a plain request runs to its end, and is charged whole
-        connection.sendall(raw_chat(other.key, body_of("messages", "tool", 15), "messages"))
-        wait_until(lambda: gate.usage(other))
-    row = gate.last_row(other)
-    assert (row.status, row.estimated, row.total) == ("aborted", 0, 25)
-    assert 0 < asked == len([x for x in upstream.exchanges if x.path == ABORT_PATH])
+        (left_at, reserved), case = left[number], cases[number]
+        model, stream, _ = case
+        assert exchange.left == (stream and not scale_out), case
+        if stream or scale_out:
+            assert cast(float, exchange.closed_at) - left_at < 1, case
+        if scale_out or not stream or model in told:
+            assert (row.estimated, row.total) == (0, exchange.tokens), case
+            assert row.prompt_tokens == prompt, case
+            nothing_made = model == "prefill" or case[:2] == ("silent", False)
+            assert (row.completion_tokens == 0) == nothing_made, case
+        else:  # above the prompt alone, once vLLM has begun
+            event = rb"(?m)^event: (?!message).*delta$" if endpoint in AGENTS else rb'":"\w+ "'
+            shown = len(re.findall(event, exchange.answer()))
+            assert row.estimated == 1 and shown - 2 <= row.completion_tokens, case
+            assert (0 if model == "prefill" else prompt) < row.total <= reserved, case
+            assert row.prompt_tokens == 10 or endpoint != "messages" or model == "prefill", case
+    if not scale_out:
+        asked = [x.path for x in upstream.exchanges].count(ABORT_PATH)
+        relay(gate, user.key, endpoint, body_of(endpoint, "prefill", stream=True, seed=-1)).close()
+        wait_until(lambda: {row.status for row in gate.usage()} == {"aborted"})
+        assert 0 < asked == [x.path for x in upstream.exchanges].count(ABORT_PATH)
 
 
 def test_vllm_that_comes_back_is_asked_again_what_it_can(
@@ -3124,7 +3118,7 @@ def test_forced_tool_that_vllm_refuses_when_made_is_not_free(gate: Gate, user: U
     assert (answer.status_code, gate.row(answer).total) == (400, 0)
 
 
-HOSTILE = "we\"ird]\\/'name\x7f{x}\t#é"
+HOSTILE = "we\"ird]\\/'mistral\x7f{x}\t#é"
 
 
 def test_configurations_of_the_agents_work(make_gate: MakeGate) -> None:
@@ -3151,6 +3145,7 @@ def test_configurations_of_the_agents_work(make_gate: MakeGate) -> None:
             for config in (call(gate, "GET", "/opencode.json", user.key).json(), shown):
                 (provider,) = config["provider"].values()
                 assert provider["options"]["baseURL"] == f"{url}/v1"
+                assert provider["models"][model].get("id", model) == HOSTILE  # for its repairs
             assert f"{url}/auth/register" in call(gate, "GET", "/").text
             for endpoint in AGENTS:
                 asked = relay(gate, user.key, endpoint, body_of(endpoint, model))
@@ -3256,16 +3251,24 @@ def test_no_field_yields_more_than_is_left(gate: Gate) -> None:
     assert got.body.count(b'"max_tokens"') == 1 and got.json()["max_tokens"] == 5
 
 
-def test_answer_without_a_count_is_estimated(gate: Gate) -> None:
+def test_answer_without_a_count_is_estimated(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client gets it, and each is charged within what was reserved."""
-    user = register(gate)
-    for model, stream, _ in itertools.product(("nousage", "badusage"), (False, True), range(3)):
+    monkeypatch.setattr(gate.upstream, "pace_s", 0.03)  # so that all are pending for a while
+    cases, user = list(itertools.product(NO_COUNT, (False, True), range(3))), register(gate)
+
+    def ask(number: int) -> requests.Response:
+        model, stream, _ = cases[number]
         with chat(gate, user.key, model, stream=stream, max_tokens=20) as answer:
-            assert answer.status_code == 200
-            assert ANSWER.split()[0] in answer.text
-            row = gate.row(answer)
-        assert row.estimated == 1 and row.status == "ok"
-        assert 20 < row.total <= len(json.dumps(chat_body(model))) + 400 + 20
+            assert answer.status_code == 200 and ANSWER.split()[0] in answer.text
+            return answer
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(in_parallel, len(cases), ask)
+        wait_until(lambda: len(gate.usage()) == len(cases))
+        reserved = {row.request_id: row.reserved for row in gate.usage()}
+    for row in map(gate.row, asking.result()):
+        assert (row.status, row.estimated) == ("ok", 1)
+        assert 20 < row.total <= reserved[row.request_id]
     assert gate.tokens_used(user) == sum(row.total for row in gate.usage(user)) > 12 * 20
 
 
@@ -3473,9 +3476,10 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
 
 
 def test_counting_costs_vllm_no_more_than_answering(
-    make_gate: MakeGate, upstream: Upstream
+    make_gate: MakeGate, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts to count are admitted like requests; who has nothing left costs nothing."""
+    monkeypatch.setattr(upstream, "count_s", 0.3)
     gate = make_gate(MAX_REQUESTS_PER_USER="3")
     user, spent = register(gate, token_limit=100), register(gate, token_limit=30)
     long = user_says("x" * 1_000_000)
@@ -3483,7 +3487,7 @@ def test_counting_costs_vllm_no_more_than_answering(
     assert {answer.status_code for answer in answers} == {429}
     counts = [(x.opened_at, x.closed_at or 0) for x in upstream.exchanges if x.path == "/tokenize"]
     at_once = [sum(begun <= at < ended for begun, ended in counts) for at, _ in counts]
-    assert 1 <= max(at_once) <= 3
+    assert 2 <= max(at_once) <= 3
     spend_all(gate, spent)
     before = len(upstream.exchanges)
     for _ in range(3):
@@ -3609,6 +3613,7 @@ def test_everybody_is_told_when_the_quota_begins_again(
     """In the reports, in the 429's sentence, in OpenAI's header; null if it never does."""
     clock, begins = Clock(tmp_path, "2026-11-27 12:00:30"), "begins again on Tuesday 1 December"
     timed: dict[str, tuple[Gate, User]] = {}
+    gate.shares_vllm = True
     for period in PERIODS:
         (tmp_path / period).mkdir()
         made = start_process(tmp_path / period, QUOTA_PERIOD=period, **clock.env)
@@ -3655,13 +3660,14 @@ def test_answer_that_breaks_off_is_told_and_booked(make_gate: MakeGate) -> None:
     for model, status, code in LOST:
         began = time.monotonic()
         *events, last = streamed(gate, user.key, model)
+        waited = time.monotonic() - began
         assert len(events) == 4 and spoken(events) == " ".join(WORDS[:3]) + " "
         error = data(last)["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert error["code"] == code and not LEAKS.search(error["message"])
         answer = chat(gate, user.key, model)
         assert_error(answer, status, code)
-        assert model != "silent" or 1 <= answer.elapsed.total_seconds()
+        assert model != "silent" or 1 <= min(waited, answer.elapsed.total_seconds())
         assert time.monotonic() - began < 8, model
         row, begun = gate.row(answer), model != "silent"  # free, if no byte of it came
         assert (row.status, row.estimated, row.total > 0) == ("error", begun, begun)
@@ -3701,58 +3707,6 @@ def test_events_that_come_with_the_break_are_shown(make_gate: MakeGate) -> None:
         assert gate.tokens_used(user) == 13
 
 
-LEFT_CHATS: list[tuple[str, JSONObject, int]] = [  # and how many events are read before
-    ("silent", {}, 4),
-    ("slow", {}, 4),
-    ("slow", {"n": 3}, 12),
-    ("slow", {"stream": False, "max_tokens": 10}, 0),
-    ("nostreamopts", {}, 4),
-    ("hidden", {"include_reasoning": False}, 0),
-    ("hidden", {"tool_choice": "required"}, 0),
-]
-
-
-@pytest.mark.parametrize("scale_out", [True, False, None])
-def test_client_that_leaves_is_charged_what_vllm_counted(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch, scale_out: bool | None
-) -> None:
-    """vLLM stops within a second, the row is there within two; a plain request may run to its end.
-
-    What no event tells is counted to the token where vLLM can say so; else the row is a marked
-    estimate, above the prompt alone.
-    """
-    monkeypatch.setattr(gate.upstream, "scale_out", scale_out)
-    user = register(gate)
-    cases = list(itertools.product(LEFT_CHATS, (socket.socket.close, leave_with_reset)))
-
-    def ask_and_leave(number: int) -> float:
-        (model, asked, events), leave = cases[number]
-        connection = socket.create_connection(gate.address, timeout=10)
-        body = chat_body(model, seed=number, stream=True, max_tokens=100)
-        connection.sendall(raw_chat(user.key, body | asked))
-        read_events(connection, events)
-        sent = gate.upstream.asked
-        wait_until(lambda: any(x.tokens > 12 for x in sent() if x.json()["seed"] == number))
-        leave(connection)
-        return time.monotonic()
-
-    left_at = in_parallel(len(cases), ask_and_leave)
-    wait_until(lambda: {row.status for row in gate.usage()} == {"aborted"}, 2)
-    rows = {row.request_id: row for row in gate.usage()}
-    exchanges = {x.json()["seed"]: x for x in gate.upstream.asked()}
-    for number, ((model, asked, events), _) in enumerate(cases):
-        exchange = exchanges[number]
-        row = rows[exchange.headers["X-Request-Id"]]
-        assert cast(float, exchange.closed_at) - left_at[number] < 1, (model, asked)
-        assert exchange.left == bool(not scale_out and row.stream), (model, asked)
-        if scale_out or model in ("silent", "slow"):
-            charged = (row.estimated, row.prompt_tokens, row.total)
-            assert charged == (0, 10, exchange.tokens), (model, asked)
-        else:
-            assert row.estimated == 1, (model, asked)
-            assert 10 + max(1, events - 1) <= row.total < 10 + 100 + 300, (model, asked)
-
-
 def test_clients_that_leave_at_once_leave_nothing_reserved(make_gate: MakeGate) -> None:
     """200 of them, 0 to 30 ms after asking; whatever had begun is closed as aborted."""
     gate = make_gate(MAX_REQUESTS_PER_USER="200")
@@ -3761,7 +3715,7 @@ def test_clients_that_leave_at_once_leave_nothing_reserved(make_gate: MakeGate) 
 
     def ask_and_leave(number: int) -> None:
         chance = random.Random(number)
-        for leave in (socket.socket.close, leave_with_reset) * 5:
+        for leave in (leave_with_fin, leave_with_reset) * 5:
             connection = socket.create_connection(gate.address, timeout=10)
             connection.sendall(request)
             time.sleep(chance.uniform(0, 0.03))
@@ -4161,7 +4115,7 @@ def test_running_stream_is_never_taken_for_a_dead_gates(
 
 def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
     """As behind a tunnel whose far end is down: 502, however often the client tries."""
-    tries = list(itertools.product((socket.socket.close, leave_with_reset), (False, True))) * 3
+    tries = list(itertools.product((leave_with_fin, leave_with_reset), (False, True))) * 3
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
         hang_up, _ = tries[body["seed"]]
@@ -4175,6 +4129,14 @@ def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
             with chat(gate, user.key, stream=stream, seed=number) as answer:
                 assert_error(answer, 502)
         assert {(row.status, row.total) for row in gate.usage()} == {("error", 0)}
+
+
+def test_log_may_go_to_standard_error_alone(start_process: StartProcess) -> None:
+    """LOG_FILE=-: no file is made."""
+    gate = start_process(LOG_FILE="-")
+    assert_error(call(gate, "GET", "/users/me"), 401)
+    wait_until(lambda: " GET /users/me 401" in gate.errors.read_text())
+    assert not gate.log.exists()
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
@@ -4325,7 +4287,7 @@ def test_user_and_gate_have_their_bounds(make_gate: MakeGate) -> None:
         assert_error(running[16], 429, "rate_limit_exceeded")
         assert_error(running[34], 503, "overloaded")
         began = time.monotonic()
-        assert me(gate, user)["tokens_used"] == gate.tokens_used(user)
+        assert call(gate, "GET", "/users/me", login(gate, user)).status_code == 200
         assert call(gate, "GET", "/health").status_code == 200
         assert time.monotonic() - began < 1
     wait_until(lambda: chat(gate, user.key).status_code == 200)
@@ -4525,19 +4487,16 @@ def test_no_request_breaks_the_gate(start_process: StartProcess) -> None:
                 continue
         statuses[reply.status_code] += 1
         said_by_vllm_itself = {x.answer() for x in gate.upstream.exchanges[-3:]}
-        try:
-            assert 200 <= reply.status_code < 300 or 400 <= reply.status_code < 500
-            if reply.status_code < 400 or reply.content in said_by_vllm_itself:
-                continue
-            if method == "HEAD":
-                assert reply.headers["Content-Type"] == "application/json"
-            else:
-                endpoint = "chat/completions" if b'"param"' in reply.content else "messages"
-                refused(endpoint, reply, reply.status_code)
-                assert endpoint != "messages" or b" /v1/messages" in request[:20]
-        except AssertionError as error:
-            error.add_note(f"after {request[:3000]!r}")
-            raise
+        assert reply.status_code // 100 in (2, 4), request[:3000]
+        if reply.status_code < 400 or reply.content in said_by_vllm_itself:
+            continue
+        if method == "HEAD":
+            assert reply.headers["Content-Type"] == "application/json", request[:3000]
+        else:
+            print(request[:3000])  # pytest shows it if this fails
+            endpoint = "chat/completions" if b'"param"' in reply.content else "messages"
+            refused(endpoint, reply, reply.status_code)
+            assert endpoint != "messages" or b" /v1/messages" in request[:20]
     assert call(gate, "GET", "/health").status_code == 200
     assert {200, 201, 400, 401, 404, 405, 409, 415} <= set(statuses), statuses
     assert {f"POST {x.path}" for x in gate.upstream.asked()} <= set(ROUTES)
@@ -4609,8 +4568,10 @@ def test_files_are_private_and_hold_no_secret(start_process: StartProcess, tmp_p
     kept = (tmp_path / "llmgate.secret").rename(tmp_path / "kept")
     assert "llmgate.secret" in refusal(tmp_path)
     assert not (tmp_path / "llmgate.secret").exists()  # or no key could be shown again
-    kept.rename(tmp_path / "llmgate.secret")
+    kept.rename(tmp_path / "llmgate.secret").chmod(0o644)
     again = start_process()
+    assert stat.S_IMODE((tmp_path / "llmgate.secret").stat().st_mode) == 0o600
+    assert "llmgate.secret was open to other users" in again.log.read_text()
     again.secrets |= gate.secrets
     assert call(again, "GET", "/users/me", token).json()["api_key"] == key
     assert chat(again, key).status_code == 200
@@ -4682,7 +4643,7 @@ def test_mixed_load_leaves_the_books_right(shared_env: dict[str, str], make_gate
         assert 0 < gate.tokens_used(user) <= limit
     report = call(gate, "GET", "/users/usage", login(gate, users[0])).json()
     assert report["tokens_used"] == gate.tokens_used(users[0])
-    assert "user-" not in run_command(gate, "check")
+    run_command(gate, "check")
     body = {"username": users[0].name.upper(), "password": PASSWORD}
     assert_error(call(gate, "POST", "/auth/register", json=body), 409, "username_taken")
 
@@ -4729,6 +4690,8 @@ def test_bad_setting_is_named_and_not_echoed() -> None:
         assert "secret-marker" not in str(raised.value)
     with pytest.raises(llmgate.SettingsError, match="REGISTRATION_TOKEN"):
         llmgate.Settings.from_env({"REGISTRATION": "invite"})
+    with pytest.raises(llmgate.SettingsError, match="JWT_SECRET_KEY"):  # which all gates must share
+        llmgate.Settings.from_env({"DATABASE_URL": "postgresql+psycopg://x@/y"})
     settings, outside = llmgate.Settings.from_env, {"HOST": "0.0.0.0"}
     assert settings({}).registration == "open"
     assert settings(outside).registration == "closed"
@@ -4787,8 +4750,11 @@ def test_env_file_with_a_secret_is_made_private(
 ) -> None:
     """And a warning; else it is left alone. Names like no setting are somebody else's.
 
-    A file of another user cannot be repaired; the warning says so.
+    A file of another user cannot be repaired; the warning says so. The environment wins over it.
     """
+    (tmp_path / ".env").write_text("THREADS=0\n")
+    assert "THREADS" in refusal(tmp_path)
+    command(tmp_path, {"THREADS": "90"}, "create-tables")
     others = "THREADS=90\nCOMPOSE_PROJECT_NAME=x\nLLMGATE_API_KEY=x\n"
     for text, mode in ((f"JWT_SECRET_KEY={JWT_SECRET}\n", 0o600), (others, 0o644)):
         (tmp_path / ".env").write_text(text)
@@ -4836,7 +4802,8 @@ def test_usage_report_adds_up(gate: Gate) -> None:
     assert sorted(row["status"] for row in report["recent"]) == ["ok"] * 4 + ["pending"]
     assert drawn.headers["Content-Type"].startswith("text/plain")
     text = drawn.content.decode()
-    assert user.name in text and day["date"] in text and max(map(len, text.splitlines())) <= 80
+    assert user.name in text and day["date"] in text and "█" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 MANY_ROWS = """
