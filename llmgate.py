@@ -1069,7 +1069,11 @@ class Meter:
             seen = read_usage(block) or Counts()
             prompts[index // n] = seen.prompt_tokens  # once for each prompt of a list
             written += seen.completion_tokens
-        known = read_usage(self._usage) or Counts(sum(prompts.values()), written)
+        running = Counts(sum(prompts.values()), written)
+        if prompts and len(prompts) < len(self._claim.prompts):  # others of a list were read, too
+            prompt = max(running.prompt_tokens, self._claim.estimate)
+            running = Counts(prompt, written, estimated=1)
+        known = read_usage(self._usage) or running
         if known.completion_tokens or (known.total and self.complete):
             return known.at_most(self._most)
         output = max(self._deltas, self._text_bytes // 4)

@@ -2996,6 +2996,28 @@ def test_request_that_is_left_ends_and_is_charged(
         assert 0 < asked == [x.path for x in upstream.exchanges].count(ABORT_PATH)
 
 
+def test_prompts_whose_answers_never_began_are_charged(make_gate: MakeGate) -> None:
+    """vLLM has read all of a list, but tells each prompt with its own answers only."""
+
+    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
+        if upstream.path == ABORT_PATH:
+            raise Refused(403, SCALE_OUT_ERROR, "PermissionDeniedError", None)
+        usage = {"prompt_tokens": 300, "completion_tokens": 1}
+        event = {"choices": [{"index": 0, "text": "a", "finish_reason": None}], "usage": usage}
+        upstream.start_stream()
+        upstream.chunk(b"data: %s\n\n" % dump(event))
+        upstream.wait(None)
+
+    with scripted_gate(make_gate, say) as gate:
+        user = register(gate)
+        body: JSONObject = {"model": "ok", "stream": True, "prompt": [[1] * 300, [2] * 400]}
+        with relay(gate, user.key, "completions", body) as running:
+            next(stream_events(running))
+        row = gate.row(running)
+        assert (row.status, row.estimated) == ("aborted", 1)
+        assert row.prompt_tokens >= 700 and row.completion_tokens == 1
+
+
 def test_vllm_that_comes_back_is_asked_again_what_it_can(
     make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
