@@ -87,6 +87,7 @@ MAX_BIGINT = 2**63 - 1
 TEMPLATE_TOKENS = 256  # what a chat template may add beyond the bytes of the JSON around it
 PICTURE_TOKENS = 16384  # the most that a common model makes of one picture (Qwen-VL)
 PICTURE_ESTIMATE = 1000  # what most models make of it
+MAX_COUNTED_PROMPTS = 2048  # of one request, near the limit; OpenAI takes no more of embeddings
 UNKNOWN_CONTEXT = 131072  # tokens, for a model whose server does not tell
 SILENT_TOKENS_PER_S = 20  # the guess for a vLLM that has begun but shows nothing
 LOCAL_PORTS = (8001, 8000, 11434, 8080, 9931, 1234, 30000)  # vLLM, Ollama, llama.cpp, ...
@@ -108,8 +109,8 @@ def run_on(cores: set[int]) -> None:
 # variable, and never shows its value: it may be a secret in the wrong place.
 
 PORT = r":([1-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
-URL = rf"https?://(\[.+\]|[^/?#@\s:]+)({PORT})?(/[^?#\s]*)?"
-HOST = rf"(\[(?=.*:.*:)[0-9A-Fa-f:.]+\]|[\w.-]+)({PORT})?"
+HOST = rf"(\[(?=.*:.*:)[0-9A-Fa-f:.]+\]|[\w-]+(?:\.[\w-]+)*\.?)({PORT})?"
+URL = rf"https?://{HOST}(/[^?#\s]*)?"
 DATABASE = (r"sqlite:///.*[^/].*|postgresql\+psycopg://.+", "sqlite:/// or postgresql+psycopg://")
 COUNT = range(1, MAX_BIGINT + 1)
 SECRET_SETTINGS = ("JWT_SECRET_KEY", "VLLM_API_KEY", "REGISTRATION_TOKEN", "DATABASE_URL")
@@ -188,6 +189,8 @@ def derive(values: JSONObject) -> None:
     if values["default_token_limit"] > values["max_token_limit"]:
         raise SettingsError("DEFAULT_TOKEN_LIMIT must be MAX_TOKEN_LIMIT or less")
     _, sqlite, path = values["database_url"].partition("sqlite:///")
+    if sqlite and not Path(path).absolute().parent.is_dir():
+        raise SettingsError("DATABASE_URL must name a file in a folder that exists")
     if sqlite:  # Flask-SQLAlchemy would look for it elsewhere
         values["database_url"] = f"sqlite:///{Path(path).absolute()}"
     elif not values["jwt_secret_key"]:
@@ -743,35 +746,45 @@ PROTOCOLS = {
 MEDIA_KEYS = {"image_url", "image_pil", "image_embeds", "audio_url", "input_audio", "video_url"}
 MEDIA_TYPES = MEDIA_KEYS | {"image", "input_image", "audio", "video"}
 MEDIA_TYPES |= {"file", "input_file", "document"}
+MEDIA_HOLDERS = (*MEDIA_KEYS, "source", "file")  # fields of a part, whose object has the data
 DATA_FIELDS = ("url", "data", "file_data", "image_url", "audio_url", "video_url")
 MEDIA_WORD = re.compile(rb'"(image|audio|video|input_|file|document)[a-z_]*"|\\u00[4-7]')
 
 
-def media_in(body: JSONObject) -> tuple[int, int, int]:
-    """Pictures, other media, and bytes of their data, in all shapes of OpenAI and Anthropic.
+def as_list(value: object) -> list[Any]:
+    """A list as it is, anything else as the only one of a list."""
+    return value if isinstance(value, list) else [value]
 
-    Only where a model gets them: the same words in a tool, or anywhere else, are text.
-    """
+
+def content_parts(body: JSONObject) -> Iterator[JSONObject]:
+    """The parts in which a model sees media: of messages, of input, and of a user's tool results."""
+    for item in as_list(body.get("messages")) + as_list(body.get("input")):
+        item = item if isinstance(item, dict) else {}
+        parts = as_list(item.get("content")) + as_list(item.get("output"))
+        for part in [part for part in parts if isinstance(part, dict)]:
+            yield part
+            if part.get("type") == "tool_result" and item.get("role") == "user":
+                yield from (x for x in as_list(part.get("content")) if isinstance(x, dict))
+
+
+def media_in(body: JSONObject) -> tuple[int, int, int]:
+    """Pictures, other media, and bytes of their data, in all shapes of OpenAI and Anthropic."""
     pictures = 0
     others = 0
     data_bytes = 0
-    stack: list[Any] = [body.get("messages"), body.get("input")]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, list):
-            stack += value
-        elif isinstance(value, dict):
-            stack += [value.get("content"), value.get("output")]
-            words = MEDIA_KEYS & value.keys()
-            if isinstance(value.get("type"), str):
-                words |= MEDIA_TYPES & {value["type"]}
-            is_picture = any("image" in word for word in words)
-            pictures += is_picture
-            others += bool(words) and not is_picture
-            inner = [value, *(part for part in value.values() if isinstance(part, dict))]
-            for part in inner if words else ():
-                texts = [part[name] for name in DATA_FIELDS if isinstance(part.get(name), str)]
-                data_bytes += sum(map(len, texts))
+    for part in content_parts(body):
+        words = MEDIA_KEYS & part.keys()
+        if isinstance(part.get("type"), str):
+            words |= MEDIA_TYPES & {part["type"]}
+        if not words:
+            continue
+        is_picture = all("image" in word for word in words)
+        pictures += is_picture
+        others += not is_picture
+        for holder in (part, *(part.get(name) for name in MEDIA_HOLDERS)):
+            fields_of = holder if isinstance(holder, dict) else {}
+            data = [fields_of.get(name) for name in DATA_FIELDS]
+            data_bytes += sum(len(text) for text in data if isinstance(text, str))
     return pictures, others, data_bytes
 
 
@@ -806,7 +819,8 @@ class Claim:
         pictures, others, data_bytes = media_in(body) if MEDIA_WORD.search(raw) else (0, 0, 0)
         text_bytes = len(raw) - data_bytes * bool(pictures or others)
         self.prompt = text_bytes + TEMPLATE_TOKENS  # an upper bound
-        self.prompt += pictures * PICTURE_TOKENS + others * unbounded
+        of_picture = unbounded if "mm_processor_kwargs" in body else PICTURE_TOKENS
+        self.prompt += pictures * of_picture + others * unbounded
         estimate = text_bytes // 4 + (pictures + others) * PICTURE_ESTIMATE
         # vLLM may read messages and prompt_embeds in completions and embeddings, too.
         is_odd = self.protocol.prompt and ("messages" in body or "prompt_embeds" in body)
@@ -817,7 +831,8 @@ class Claim:
             self.prompt = min(self.prompt, context * len(self.prompts))
             self.output = min(self.output, context)
         self.estimate = min(max(1, estimate), self.prompt)  # charged when no count ever comes
-        self._countable = not (is_ids or is_odd or pictures or others)
+        many = len(self.prompts) > MAX_COUNTED_PROMPTS
+        self._countable = not (is_ids or is_odd or pictures or others or many)
         self._guess = len(raw) // 3 + 1  # of the prompt, where vLLM cannot count it
 
     def granted(self, room: int) -> int:
@@ -1195,19 +1210,8 @@ def period_of(period: str, now: float) -> tuple[int, int | None]:
     return int(begins.timestamp()), int(ends.timestamp())
 
 
-BEGIN_PERIOD = """INSERT INTO quota_periods (begins_at) SELECT :begins_at WHERE NOT EXISTS
- (SELECT 1 FROM quota_periods WHERE begins_at >= :begins_at) ON CONFLICT DO NOTHING RETURNING 1"""
-
-
-def renew_quotas(database: Database, period: str) -> int | None:
-    """Lets every quota begin again, if no gate did in this period; when the next begins. 503."""
-    begins_at, ends_at = period_of(period, time.time())
-    if ends_at:
-        with database.begin() as execute:
-            if execute(BEGIN_PERIOD, {"begins_at": begins_at}):
-                reset_usage(execute)
-                log.info("a new period of quotas has begun; the next one: %s", when(ends_at))
-    return ends_at
+BEGIN_PERIOD = """INSERT INTO quota_periods (begins_at) VALUES (:begins_at)
+ ON CONFLICT DO NOTHING RETURNING begins_at"""
 
 
 def duration(seconds: int) -> str:
@@ -1659,9 +1663,11 @@ class Relay:
         room = user.token_limit - user.tokens_used - user.tokens_reserved
         claim.count_if_near(room, server)
         name = self.request_id
-        ids = {"completions": [f"cmpl-{name}-{number}" for number in range(len(claim.prompts))]}
-        ids["responses"] = [f"resp_{name}_0"]
-        self.ids_at_vllm = ids.get(self.endpoint, [f"chatcmpl-{name}"])
+        self.ids_at_vllm = [f"chatcmpl-{name}"]
+        if self.endpoint == "completions":
+            self.ids_at_vllm = [f"cmpl-{name}-{number}" for number in range(len(claim.prompts))]
+        elif self.endpoint == "responses":
+            self.ids_at_vllm = [f"resp_{name}_0"]
         row: JSONObject = {"request_id": self.request_id, "model": self.model}
         row |= {"endpoint": self.endpoint, "stream": int(self.stream)}
         most = app.settings.max_requests_per_user
@@ -1923,7 +1929,7 @@ class Watcher:
         self.running: set[Relay] = set()
         self.draining = False
         self._admission = threading.Lock()  # protects draining, and counts of `running`
-        self._renew_at: float | None = 0.0  # when the next period of quotas begins; None: never
+        self._period = 0  # when the period of quotas began that this gate has seen to
         self._round_at = time.time()  # when the last round of upkeep was well
         self._recover_at = 0.0  # no row is taken for dead before (monotonic)
         self._stopping = threading.Event()
@@ -1978,11 +1984,15 @@ class Watcher:
                 relay.stop(LEFT)
 
     def begin_period(self) -> None:
-        """Lets quotas begin again when a period does, once for all gates. 503."""
-        if self._renew_at is None or time.time() < self._renew_at:
+        """Lets every quota begin again when a period does, once for all gates. 503."""
+        begins_at, ends_at = period_of(self._quota_period, time.time())
+        if ends_at is None or begins_at == self._period:
             return
-        self._renew_at = time.time() + UPKEEP_S  # the next try, if this one fails
-        self._renew_at = renew_quotas(self.database, self._quota_period)
+        with self.database.begin() as execute:
+            if execute(BEGIN_PERIOD, {"begins_at": begins_at}):
+                reset_usage(execute)
+                log.info("a new period of quotas has begun; the next one: %s", when(ends_at))
+        self._period = begins_at
 
     def upkeep(self) -> None:
         """Quotas, checkpoints, leases, what could not be booked, rows of dead gates. 503.
@@ -2652,6 +2662,14 @@ class Server:
         return self.app.watcher.draining and (late_s > 8 or not busy)
 
 
+def tell(text: str) -> None:
+    """A line for the operator, if there still is a terminal."""
+    with suppress(OSError):
+        click.echo(text, err=True)
+
+
+# The first signal lets running answers end. A terminal, a shell or a service manager may send two
+# at once; a second one is what comes more than a second later.
 ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
@@ -2666,12 +2684,16 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
     run_on({cores[(number - 1) % len(cores)]})
     server = Server(settings, listening, number)
 
+    ending_since = 0.0
+
     def end(*_: object) -> None:
-        if not server.app.watcher.draining:
+        nonlocal ending_since
+        if not ending_since:
+            ending_since = time.monotonic()
             server.drain()
             if number == 1:
-                click.echo("Running answers get 30 s; once more to stop at once.", err=True)
-        elif settings.processes == 1:  # of several the supervisor knows what is a second signal
+                tell("Running answers get 30 s; once more to stop at once.")
+        elif settings.processes == 1 and time.monotonic() > ending_since + 1:
             os._exit(1)
 
     for name in ENDING:
@@ -2687,48 +2709,58 @@ register  {how_to_register(server.url, settings)}""")
     server.run()
 
 
+def start_gate(
+    settings: Settings, listening: socket.socket, number: int, numbers: dict[int, int]
+) -> None:
+    """Forks a gate and enters it into {process id: number}; it ends with this process."""
+    supervisor = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the new process has its own
+    pid = os.fork()
+    if pid == 0:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() == supervisor:
+            serve(settings, listening, number)
+        sys.exit()
+    numbers[pid] = number
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
 def serve_all(settings: Settings, listening: socket.socket) -> None:
     """Starts PROCESSES gates on one socket and looks after them: a dead one is replaced."""
     Gate(settings).database.close()  # makes the tables and the secret, while nobody else does
     run_on({ctypes.CDLL(None).sched_getcpu()})  # they take this core and the next ones
-    supervisor = os.getpid()
     numbers: dict[int, int] = {}  # of the gates, by process id
-    ending = False
+    code = 0
+    ending_since = 0.0
     wrong_setting = False
 
     def end(*_: object) -> None:
-        nonlocal ending
+        nonlocal ending_since
+        ending_since = ending_since or time.monotonic()
+        is_second = time.monotonic() > ending_since + 1
         for pid in list(numbers):
             with suppress(ProcessLookupError):  # it has just ended
-                os.kill(pid, signal.SIGKILL if ending else signal.SIGTERM)
-        ending = True
-
-    def start(number: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the new process has its own
-        pid = os.fork()
-        if pid == 0:
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends with us
-            if os.getppid() == supervisor and not ending:
-                serve(settings, listening, number)
-            sys.exit()
-        numbers[pid] = number
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+                os.kill(pid, signal.SIGKILL if is_second else signal.SIGTERM)
 
     for name in ENDING:
         signal.signal(name, end)
     for number in range(1, settings.processes + 1):
-        start(number)
+        if not ending_since:
+            start_gate(settings, listening, number, numbers)
     while numbers:
         pid, wait_status = os.wait()
+        if pid not in numbers:  # a child of what this process was before, or an orphan
+            continue
         number = numbers.pop(pid)
         code = os.waitstatus_to_exitcode(wait_status)
-        if not ending and code == 2:
+        if not ending_since and code == 2:
             wrong_setting = True
             end()
-        if not ending:
-            click.echo(f"Process {number} ended ({code}); starting another.", err=True)
+        if not ending_since:
+            tell(f"Process {number} ended ({code}); starting another.")
             time.sleep(1)
-            start(number)
+        if not ending_since:
+            start_gate(settings, listening, number, numbers)
     if wrong_setting:
         sys.exit(2)
     sys.exit(1 if code else 0)

@@ -1533,9 +1533,9 @@ def replace_key(gate: Gate, token: str) -> str:
     return str(answer.json()["api_key"])
 
 
-def user_says(text: str) -> list[JSONObject]:
+def user_says(content: object, **fields: object) -> list[JSONObject]:
     """Return the messages of a chat in which this is said."""
-    return [{"role": "user", "content": text}]
+    return [{"role": "user", "content": content} | fields]
 
 
 def chat_body(model: str = "ok", **fields: object) -> JSONObject:
@@ -3448,16 +3448,33 @@ def test_picture_is_not_counted_by_its_bytes(make_gate: MakeGate) -> None:
         in_parallel(len(users), ask)
 
 
+SAID = "word" * 2000
+DATA = {"source": {"data": SAID}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"data": SAID}}}
+NO_PICTURES: list[list[JSONObject]] = [
+    user_says(SAID + "x", image_url=0, output={"image_url": "A" * 9000}),
+    user_says([{"type": "tool_use", "input": {"url": SAID}, "image_url": 0}]),
+    [
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_result", "content": [DATA | {"type": "image"}]}],
+        }
+    ],
+    user_says([{"type": "video_url", "video_url": {"url": SAID}, "image_url": None}]),
+]
+
+
 def test_what_no_model_sees_as_a_picture_counts_as_text(make_gate: MakeGate) -> None:
-    """Beside a picture, too: the words of one in the parameters of a tool."""
+    """Beside a picture, too: the words of one elsewhere. Nor is a video a picture."""
     listed = {"id": "ok", "max_model_len": 131072}
     endpoint, body = with_picture("image_url", 1000)
-    function = {"name": "f", "parameters": {"data": "word" * 2000}}
-    tool = {"type": "function", "function": function}
+    bodies = [body | {"tools": [TOOL]}, body | {"mm_processor_kwargs": {"min_pixels": 10**8}}]
+    bodies += [body | {"messages": body["messages"] + messages} for messages in NO_PICTURES]
     with scripted_gate(make_gate, lambda up, _: up.say_whole(), listed) as gate:
         user = register(gate, token_limit=20_000)
-        answer = relay(gate, user.key, endpoint, body | {"tools": [tool]})
-        assert_error(answer, 429, "insufficient_quota")
+        for other in bodies:
+            answer = relay(gate, user.key, endpoint, other)
+            assert_error(answer, 429, "insufficient_quota")
         assert relay(gate, user.key, endpoint, body).status_code == 200
 
 
@@ -3501,7 +3518,10 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
 def test_counting_costs_vllm_no_more_than_answering(
     make_gate: MakeGate, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts to count are admitted like requests; who has nothing left costs nothing."""
+    """Prompts to count are admitted like requests; who has nothing left costs nothing.
+
+    Of thousands in one request none is counted.
+    """
     monkeypatch.setattr(upstream, "count_s", 0.3)
     gate = make_gate(MAX_REQUESTS_PER_USER="3")
     user, spent = register(gate, token_limit=100), register(gate, token_limit=30)
@@ -3511,6 +3531,9 @@ def test_counting_costs_vllm_no_more_than_answering(
     counts = [(x.opened_at, x.closed_at or 0) for x in upstream.exchanges if x.path == "/tokenize"]
     at_once = [sum(begun <= at < ended for begun, ended in counts) for at, _ in counts]
     assert 2 <= max(at_once) <= 3
+    batch = {"model": "ok", "input": ["a"] * 3000}
+    assert_error(relay(gate, user.key, "embeddings", batch), 429, "insufficient_quota")
+    assert len([x for x in upstream.exchanges if x.path == "/tokenize"]) == len(counts)
     spend_all(gate, spent)
     before = len(upstream.exchanges)
     for _ in range(3):
@@ -3580,13 +3603,17 @@ def test_quota_begins_again_each_day(start_process: StartProcess, tmp_path: Path
     assert gate.tokens_used(other) == 70 + day_before < 70
     spend_all(gate, user)
     gate.stop()
+    clock.set("2029-01-01 00:00:00")  # wrong, and set right after
+    start_process(QUOTA_PERIOD="day", **clock.env).stop()
     clock.set("2028-04-09 09:00:00")
     gate = start_process(QUOTA_PERIOD="day", **clock.env)
+    spend_all(gate, user)
+    clock.set("2028-04-10 00:00:00")
     spend_all(gate, user)
     gate.stop()
     gate = start_process(QUOTA_PERIOD="day", **clock.env)
     assert_error(chat(gate, user.key, max_tokens=20), 429, "insufficient_quota")
-    assert [tokens for who, tokens in resets(gate) if who == user.id] == [-30] * 4
+    assert [tokens for who, tokens in resets(gate) if who == user.id] == [-30] * 5
     assert sum(tokens for who, tokens in resets(gate) if who == other.id) == -70
     assert user.name not in run_command(gate, "check")
 
@@ -3851,13 +3878,19 @@ ENDINGS = [(signal.SIGTERM, 0.0, "1"), (signal.SIGHUP, 0.03, "1"), (signal.SIGHU
 
 @pytest.mark.parametrize(("ending", "delay_s", "processes"), ENDINGS)
 def test_gate_that_is_told_to_end_lets_answers_end(
-    start_process: StartProcess, ending: signal.Signals, delay_s: float, processes: str
+    start_process: StartProcess,
+    tmp_path: Path,
+    ending: signal.Signals,
+    delay_s: float,
+    processes: str,
 ) -> None:
     """What comes with the signal is answered or refused, never cut or left pending; status 0.
 
-    A terminal that is closed tells all processes of a gate, not only the first.
+    A terminal that is closed tells all processes of a gate, more than once, and takes no more
+    words.
     """
-    gate = start_process(PROCESSES=processes)
+    no_terminal = "import os\nreader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 2)\n"
+    gate = start_process(PROCESSES=processes, **customized(tmp_path / "gone", no_terminal))
     gate.expected_5xx = {503}
     user, whole = register(gate), []
 
@@ -3880,7 +3913,8 @@ def test_gate_that_is_told_to_end_lets_answers_end(
         with chat(gate, user.key, "slow", stream=True, max_tokens=20) as running:
             wait_until(after_seconds(delay_s))
             gate.stopped = True
-            for pid in (*gate.workers(), gate.process.pid):
+            for pid in [*gate.workers(), gate.process.pid] * 2:
+                wait_until(after_seconds(0.02))
                 os.kill(pid, ending)
             assert asking.result() == [None] * 12
             assert gate.upstream.running() == 1
@@ -4700,7 +4734,8 @@ def test_ten_minutes_of_mixed_load(start_process: StartProcess) -> None:
 BAD_SETTINGS = """VLLM_ENDPOINT=not a url,PORT=http,DATABASE_URL=mysql://root@db/x,THREADS=0,
 JWT_SECRET_KEY=secret-marker-short,JWT_EXPIRATION_HOURS=0,DEFAULT_TOKEN_LIMIT=-5,PROCESSES=0,
 MAX_TOKEN_LIMIT=many,QUOTA_PERIOD=year,REGISTRATION=maybe,MODEL_ALIASES=no-equals-sign,
-MAX_REQUESTS_PER_USER=0,UPSTREAM_TIMEOUT=soon,MAX_BODY_MB=-1,OPENCODE_DISCOVERY=perhaps"""
+MAX_REQUESTS_PER_USER=0,UPSTREAM_TIMEOUT=soon,MAX_BODY_MB=-1,OPENCODE_DISCOVERY=perhaps,
+PUBLIC_URL=http://[abc]/x,VLLM_ENDPOINT=http://a..b:8001,DATABASE_URL=sqlite:////no/such/x.db"""
 
 
 def test_bad_setting_is_named_and_not_echoed() -> None:
