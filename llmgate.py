@@ -2683,7 +2683,6 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
     cores = sorted(CORES, key=lambda core: (core < here, core))
     run_on({cores[(number - 1) % len(cores)]})
     server = Server(settings, listening, number)
-
     ending_since = 0.0
 
     def end(*_: object) -> None:
