@@ -1121,7 +1121,7 @@ MOVE_TOKENS = """UPDATE users SET tokens_used = tokens_used + :more,
 
 
 def reserve(
-    execute: Execute, user: Row, claim: Claim, row: JSONObject, most: int, renews: str
+    execute: Execute, user: Row, claim: Claim, row: JSONObject, most: int, renews: Callable[[], str]
 ) -> tuple[int, int]:
     """Writes the row; (the output granted to each choice, requests of the user that run). 429.
 
@@ -1144,7 +1144,7 @@ def reserve(
         if needed <= left:
             raise APIError("quota_reserved", why=why)
         why = f"Not enough quota: {why}" if left else f"Quota used up: {used} of {limit} tokens"
-        raise APIError("insufficient_quota", why=why + renews)
+        raise APIError("insufficient_quota", why=why + renews())
     execute(INSERT_ROW, row)
     if now - (user.key_used_at or 0) >= 60:
         execute(TOUCH_KEY, row)
@@ -1675,7 +1675,7 @@ class Relay:
         with app.database.begin() as execute:
             if self.stopped_by:  # drain() waits no longer
                 raise APIError("draining", reason=self.stopped_by)
-            granted, self.running = reserve(execute, user, claim, row, most, app.renews())
+            granted, self.running = reserve(execute, user, claim, row, most, app.renews)
         self.meter = Meter(claim, row["reserved"])
         claim.limit_output(granted)
 

@@ -2105,7 +2105,7 @@ def test_guesses_are_counted_before_they_are_tried(gate: Gate, user: User) -> No
     answers = in_parallel(50, lambda _: try_login(gate, user.name, "wrong-password"))
     statuses = Counter(answer.status_code for answer in answers)
     assert statuses[401] + statuses[429] == 50
-    assert 1 <= statuses[401] <= 10
+    assert 0 < statuses[401] <= 10
     for name in ("mallory", "1" * 60_000, "2" * 60_000, "no name\n"):
         assert_error(try_login(gate, name, "wrong"), 401, "invalid_credentials")
     remembered = gate.rows("SELECT * FROM login_attempts")
