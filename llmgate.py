@@ -15,6 +15,7 @@ A watcher thread looks after running relays. Each part of the file uses only the
 # mypy: disable-error-code="import-untyped, misc"
 from __future__ import annotations
 
+import codecs
 import ctypes
 import difflib
 import hashlib
@@ -42,7 +43,7 @@ import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
@@ -178,11 +179,11 @@ class Settings:
             if not right:
                 raise SettingsError(f"{name} must be {must_be}")
             values[item.name] = value
-        derive(values)
+        complete_settings(values)
         return cls(**values)
 
 
-def derive(values: JSONObject) -> None:
+def complete_settings(values: JSONObject) -> None:
     """Puts in what follows from other settings; SettingsError where two do not fit."""
     if values["registration"] == "invite" and not values["registration_token"]:
         raise SettingsError("REGISTRATION_TOKEN must be set when REGISTRATION is invite")
@@ -333,14 +334,14 @@ def words_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(text or error).strip().partition(chr(10))[0][:300]}"
 
 
-def parsed(text: bytes | bytearray) -> Any:
+def parse_json(text: bytes | bytearray) -> Any:
     """JSON's value; None for what is no JSON."""
     with suppress(ValueError, RecursionError):
         return json.loads(text.decode())
     return None
 
 
-def encoded(body: object) -> bytes:
+def to_json(body: object) -> bytes:
     """A value as JSON for vLLM; 400 for what JSON cannot say (1e999)."""
     try:
         return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
@@ -448,10 +449,7 @@ class Database:
         try:
             while True:
                 try:
-                    if first:
-                        self._writer.executescript(first)
-                    else:
-                        self._writer.execute("BEGIN IMMEDIATE")
+                    self._writer.executescript(first or "BEGIN IMMEDIATE")
                     break
                 except sqlite3.OperationalError as error:
                     busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
@@ -487,9 +485,7 @@ class Database:
         self._engine.dispose()
 
 
-def gate() -> Gate:
-    """The gate that serves the current request or command."""
-    return cast(Gate, cast(Any, current_app)._get_current_object())
+gate = cast("Gate", current_app)  # the one that serves the current request or command
 
 
 # ---- 4 Accounts and keys --------------------------------------------------------------------------
@@ -502,7 +498,8 @@ API_KEY = re.compile(r"sk-llmgate-([0-9A-Za-z]{43})([0-9A-Za-z]{6})")
 BCRYPT_ROUNDS = 10  # OWASP's least, about 60 ms
 NO_PASSWORD = "$2b$10$abcdefghijklmnopqrstuu4T826PRnz0Hu6YlprUuxkZxOOj5Fw5S"  # nobody's hash
 HASHING_AT_ONCE = max(1, len(CORES) - 1)  # leaves a core for the streams
-HASHERS = ThreadPoolExecutor(HASHING_AT_ONCE, "hash", run_on, (CORES,))  # beside the streams
+# On all cores: serve() keeps the other threads on one.
+HASHERS = ThreadPoolExecutor(HASHING_AT_ONCE, "hash", run_on, (CORES,))
 HASHING_PLACES = threading.Semaphore(HASHING_AT_ONCE + 8)  # of those who hash or wait for it
 
 USER_BY_JWT = "SELECT * FROM users WHERE id = :user_id AND jwt_version = :version"
@@ -554,7 +551,7 @@ class Keyring:
         return [f"sk-llmgate-{secret_part}{checksum}" for checksum in checksums(secret_part)]
 
     def new_key(self, **row: object) -> tuple[str, JSONObject]:
-        """An API key, and its row: that of the caller with nonce, hash and time."""
+        """An API key, and its row: these values with its nonce, hash and time."""
         nonce = secrets.token_hex(32)
         api_key = self._keys_of(nonce)[0]
         made = {"nonce": nonce, "key_hash": sha256_of(api_key), "now": int(time.time())}
@@ -586,40 +583,34 @@ class Keyring:
 
 
 @contextmanager
-def a_place(places: threading.Semaphore, error: APIError) -> Iterator[None]:
-    """One of so many places; the error at once when all are taken."""
+def a_place(places: threading.Semaphore, code: str, **values: str) -> Iterator[None]:
+    """One of so many places; this error at once when all are taken."""
     if not places.acquire(blocking=False):
-        raise error
+        raise APIError(code, **values)
     try:
         yield
     finally:
         places.release()
 
 
-def place_to_hash() -> AbstractContextManager[None]:
-    """Of those who hash a password or wait for it; 429 at once when 8 wait already."""
-    too_many = APIError("rate_limit_exceeded", why="Too many logins at once")
-    return a_place(HASHING_PLACES, too_many)
-
-
 def hash_password(password: object, param: str = "password") -> str:
     """bcrypt's hash; 400 unless the password has 8 characters to 72 bytes: bcrypt reads no more."""
-    encoded = utf8(password)
-    if len(encoded.decode()) < 8 or len(encoded) > 72:
+    password_bytes = utf8(password)
+    if len(password_bytes.decode()) < 8 or len(password_bytes) > 72:
         raise APIError("invalid_value", param, must_be="a string of 8 characters to 72 bytes")
-    with place_to_hash():
-        hashing = HASHERS.submit(bcrypt.hashpw, encoded, bcrypt.gensalt(BCRYPT_ROUNDS))
+    with a_place(HASHING_PLACES, "rate_limit_exceeded", why="Too many logins at once"):
+        hashing = HASHERS.submit(bcrypt.hashpw, password_bytes, bcrypt.gensalt(BCRYPT_ROUNDS))
         return hashing.result().decode()
 
 
 def log_in(username: object, password: object) -> Row:
     """The row of users; 401, 403, 429. An unknown name costs the same as a known one."""
-    database = gate().database
-    encoded = utf8(password)
+    database = gate.database
+    password_bytes = utf8(password)
     name = username.lower()[:65] if isinstance(username, str) else ""
     g.login_name = name if USERNAME.fullmatch(name) else "(no well-formed name)"
     values: JSONObject = {"name_hash": sha256_of(name)}  # people type passwords as names, too
-    with place_to_hash():
+    with a_place(HASHING_PLACES, "rate_limit_exceeded", why="Too many logins at once"):
         found = database.query(USER_BY_NAME, name=g.login_name)
         with database.begin() as execute:  # before it is known whether the password is right
             (attempt,) = execute(COUNT_TRY, values)
@@ -632,9 +623,9 @@ def log_in(username: object, password: object) -> Row:
             held_ms = min(1000 * 2 ** (attempt.tries - 5), 900_000) if attempt.tries >= 5 else 0
             execute(HOLD_NAME, values | {"held": now_ms + held_ms})
         stored = found[0].password_hash if found else NO_PASSWORD
-        checking = HASHERS.submit(bcrypt.checkpw, encoded[:72], stored.encode())
+        checking = HASHERS.submit(bcrypt.checkpw, password_bytes[:72], stored.encode())
         right = checking.result()
-    if not found or not right or len(encoded) > 72:
+    if not found or not right or len(password_bytes) > 72:
         raise APIError("invalid_credentials")
     database.write(FORGET_LOGINS, **values)
     if found[0].disabled_at is not None:
@@ -646,9 +637,9 @@ def register(username: object, password: object, token_limit: int) -> tuple[int,
     """A new account's id and API key; 400, or 409 `username_taken`."""
     if not isinstance(username, str) or not USERNAME.fullmatch(username):
         raise APIError("invalid_value", "username", must_be="3 to 64 of A-Z a-z 0-9 _ . -")
-    api_key, row = gate().keyring.new_key(name="default", username=username, limit=token_limit)
+    api_key, row = gate.keyring.new_key(name="default", username=username, limit=token_limit)
     row["hash"] = hash_password(password)
-    with gate().database.begin() as execute:
+    with gate.database.begin() as execute:
         made = execute(INSERT_USER, row)
         if not made:
             raise APIError("username_taken", "username")
@@ -678,11 +669,11 @@ def require_caller() -> None:
         found = API_KEY.fullmatch(credential)
         if not found or found[2] not in checksums(found[1]):  # mistyped: costs no query
             raise APIError(code, reason="its form or its checksum is wrong")
-        rows = gate().database.query(USER_BY_KEY, key_hash=sha256_of(credential))
+        rows = gate.database.query(USER_BY_KEY, key_hash=sha256_of(credential))
     else:
         code = "invalid_token"
-        values = gate().keyring.read_jwt(credential)
-        rows = gate().database.query(USER_BY_JWT, **values)
+        values = gate.keyring.read_jwt(credential)
+        rows = gate.database.query(USER_BY_JWT, **values)
     if not rows:
         raise APIError(code, reason="nobody has it, or has it any more")
     g.caller = rows[0]
@@ -721,9 +712,10 @@ class Protocol(NamedTuple):
     """How an endpoint's requests differ from those of the others."""
 
     bounds: tuple[str, ...]  # fields that bound the output; the first is put in
-    prompt: str = ""  # the field of a prompt that is a text, token ids, or a list of these
+    prompt_field: str = ""  # the one of a prompt that is a text, token ids, or a list of these
     counter: tuple[str, str] = ("/tokenize", "count")  # where vLLM counts a prompt, and its answer
     counted: str = ""  # the fields that are sent there
+    upstream_ids: str = "chatcmpl-{0}"  # vLLM's name for request {0}, or for its prompt {1}
     in_context: bool = False  # clients ask for more than the context, and vLLM would refuse it
     reports: bool = False  # usage while it runs, by stream_options
 
@@ -736,10 +728,10 @@ RENDER = ("/v1/responses/render", "token_ids")
 CHAT_BOUNDS = ("max_tokens", "max_completion_tokens")
 PROTOCOLS = {
     "chat/completions": Protocol(CHAT_BOUNDS, counted=RENDERED, reports=True),
-    "completions": Protocol(("max_tokens",), "prompt", reports=True),
+    "completions": Protocol(("max_tokens",), "prompt", upstream_ids="cmpl-{0}-{1}", reports=True),
     "embeddings": Protocol((), "input"),
     "messages": Protocol(("max_tokens",), "", COUNT_TOKENS, READ, in_context=True),
-    "responses": Protocol(("max_output_tokens",), "", RENDER, in_context=True),
+    "responses": Protocol(("max_output_tokens",), "", RENDER, "", "resp_{0}_0", in_context=True),
 }
 
 
@@ -803,7 +795,8 @@ class Claim:
         self.body = body
         self.context = context
         self.protocol = PROTOCOLS[endpoint]
-        prompt = body.get(self.protocol.prompt) if self.protocol.prompt else None
+        field = self.protocol.prompt_field
+        prompt = body.get(field) if field else None
         several = isinstance(prompt, list) and prompt and type(prompt[0]) is not int
         self.prompts: list[Any] = cast("list[Any]", prompt) if several else [prompt]
         n = whole_number(body, "n", 1, 16) or 1
@@ -812,61 +805,61 @@ class Claim:
         unbounded = context or UNKNOWN_CONTEXT
         most = unbounded if self.protocol.bounds else 0
         # What one choice may write: as asked for, or up to the model's context.
-        self.output = max((number for number in asked if number is not None), default=most)
+        self.output_bound = max((number for number in asked if number is not None), default=most)
         thinking = body.get("thinking")
         thinks = isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int
-        self.least = 1025 if thinks else 1  # of output; thoughts have 1,024 tokens or more
+        self.least_output = 1025 if thinks else 1  # thoughts have 1,024 tokens or more
         pictures, others, data_bytes = media_in(body) if MEDIA_WORD.search(raw) else (0, 0, 0)
-        text_bytes = len(raw) - data_bytes * bool(pictures or others)
-        self.prompt = text_bytes + TEMPLATE_TOKENS  # an upper bound
+        text_bytes = len(raw) - data_bytes
+        self.prompt_bound = text_bytes + TEMPLATE_TOKENS  # an upper bound
         of_picture = unbounded if "mm_processor_kwargs" in body else PICTURE_TOKENS
-        self.prompt += pictures * of_picture + others * unbounded
+        self.prompt_bound += pictures * of_picture + others * unbounded
         estimate = text_bytes // 4 + (pictures + others) * PICTURE_ESTIMATE
         # vLLM may read messages and prompt_embeds in completions and embeddings, too.
-        is_odd = self.protocol.prompt and ("messages" in body or "prompt_embeds" in body)
+        is_odd = self.protocol.prompt_field and ("messages" in body or "prompt_embeds" in body)
         is_ids = all(isinstance(x, list) and set(map(type, x)) <= {int} for x in self.prompts)
         if is_ids and not is_odd:
-            self.prompt = estimate = sum(map(len, self.prompts)) + len(self.prompts)
+            self.prompt_bound = estimate = sum(map(len, self.prompts)) + len(self.prompts)
         if context:
-            self.prompt = min(self.prompt, context * len(self.prompts))
-            self.output = min(self.output, context)
-        self.estimate = min(max(1, estimate), self.prompt)  # charged when no count ever comes
+            self.prompt_bound = min(self.prompt_bound, context * len(self.prompts))
+            self.output_bound = min(self.output_bound, context)
+        self.estimate = min(max(1, estimate), self.prompt_bound)  # charged when no count ever comes
         many = len(self.prompts) > MAX_COUNTED_PROMPTS
         self._countable = not (is_ids or is_odd or pictures or others or many)
         self._guess = len(raw) // 3 + 1  # of the prompt, where vLLM cannot count it
 
     def granted(self, room: int) -> int:
         """Output for each choice: at most a quarter of `room`, always up to 1,024; -1: no room."""
-        left = (room - self.prompt) // self.choices
-        if left < min(self.output, self.least):
+        left = (room - self.prompt_bound) // self.choices
+        if left < min(self.output_bound, self.least_output):
             return -1
-        most = max(room // 4, 1024, self.least, self.choices) // self.choices
-        return min(self.output, left, most)
+        most = max(room // 4, 1024, self.least_output, self.choices) // self.choices
+        return min(self.output_bound, left, most)
 
     def count_if_near(self, room: int, server: Upstream) -> None:
         """Near the limit, of the quota or the context, lets vLLM count the prompt."""
         granted = self.granted(room)
-        sends_bound = granted < self.output or self.protocol.in_context
+        sends_bound = granted < self.output_bound or self.protocol.in_context
         context = self.context or 0
-        near = context and sends_bound and granted + self.prompt > context
-        if room <= 0 or not self._countable or not (near or self.prompt > room // 8):
+        near = context and sends_bound and granted + self.prompt_bound > context
+        if room <= 0 or not self._countable or not (near or self.prompt_bound > room // 8):
             return
         counted = None
         with suppress(APIError):  # the relay says it, if no other server is there
             counted = self._counted(server)
-        if counted is None and not self.protocol.prompt:
-            counted = min(self.prompt, self._guess)
+        if counted is None and not self.protocol.prompt_field:
+            counted = min(self.prompt_bound, self._guess)
         if counted is not None:
-            self.prompt = counted
+            self.prompt_bound = counted
             self.estimate = max(1, counted)
             if context:
-                self.output = min(self.output, max(context - counted, 1))
+                self.output_bound = min(self.output_bound, max(context - counted, 1))
 
     def _counted(self, server: Upstream) -> int | None:
         """The prompt's tokens, by vLLM; None where it cannot tell. 502, 504."""
         path, answer = self.protocol.counter
         names = self.protocol.counted.split()
-        if self.protocol.prompt:
+        if self.protocol.prompt_field:
             questions = [{"model": self.body["model"], "prompt": prompt} for prompt in self.prompts]
         elif names:
             questions = [{name: self.body[name] for name in names if name in self.body}]
@@ -879,9 +872,10 @@ class Claim:
             if type(count) is not int:
                 return None
             total += count
-        for name in self.body.keys() - names - NEVER_RENDERED if names else ():
+        unknown = self.body.keys() - names - NEVER_RENDERED if names else set()
+        for name in unknown:
             if isinstance(self.body[name], str | list | dict):
-                total += len(encoded(self.body[name]))
+                total += len(to_json(self.body[name]))
         return total
 
     def limit_output(self, granted: int) -> None:
@@ -891,14 +885,14 @@ class Claim:
         given = [name for name in self.protocol.bounds if body.get(name) is not None]
         limit = context if context and self.protocol.in_context else MAX_BIGINT
         too_high = any(body[name] > limit for name in given)
-        if granted >= self.output and not too_high:
+        if granted >= self.output_bound and not too_high:
             return
         most = min(granted, max(context - self.estimate, 1)) if context else granted
         for name in given or self.protocol.bounds[:1]:
             body[name] = min(body.get(name) or most, most)
         if type(body.get("min_tokens")) is int:
             body["min_tokens"] = min(body["min_tokens"], most)
-        if self.least > 1:
+        if self.least_output > 1:
             budget = min(body["thinking"]["budget_tokens"], most - 1)
             body["thinking"] = body["thinking"] | {"budget_tokens": budget}
 
@@ -961,7 +955,7 @@ class Meter:
         self._deltas = 0
         self._text_bytes = 0
         self._usage: JSONObject = {}  # the block at the end, or what is known of it
-        self._choices: dict[int, JSONObject | bytes] = {}  # each one's last block, or event with it
+        self._choices: dict[int, JSONObject] = {}  # the last block of each
         self._rest = b""  # the event that is not complete
 
     def feed(self, piece: bytes) -> bytes:
@@ -985,9 +979,9 @@ class Meter:
         return b"".join(shown)
 
     def _usual(self, piece: bytes) -> bytes:
-        """Whole events that only go on with the text, all at once; b"" for what needs a closer look.
+        """All events of a piece at once, if each only adds text; b"" if one has to be parsed.
 
-        They take a third of the time so, and in batches, as they come when there are many, less.
+        It takes a third of the time, and less when many events come together.
         """
         events = piece.count(b"\n\n")
         chat = events == piece.count(b'"choices":[{') == piece.count(b'"finish_reason":null')
@@ -1001,7 +995,7 @@ class Meter:
         cut, cuts = self.USAGE_LAST.subn(b"}\n\n", piece)
         if not chat or self._claim.choices > 1 or not events == cuts == piece.count(b'"usage"'):
             return b""
-        self._choices[0] = piece
+        self._choices[0] = cut_usage(piece)[1]
         return piece if self._show_all else cut
 
     def _count_text(self, piece: bytes) -> None:
@@ -1012,7 +1006,7 @@ class Meter:
     def _event(self, event: bytes) -> bytes:
         """Takes note of an event; what the caller shall see of it."""
         data = event.partition(b"data:")[2]
-        value = parsed(data)
+        value = parse_json(data)
         if isinstance(value, dict):
             return self._object(event, value)
         self.complete |= data.strip() == b"[DONE]"  # or it is a comment
@@ -1031,7 +1025,7 @@ class Meter:
             self._count_text(event)
         if kind is None:
             return self._chat_object(event, value)
-        if isinstance(usage, dict):  # the prompt as the last event tells it that tells it
+        if isinstance(usage, dict):  # the last block with input_tokens is right
             self._usage = usage if "input_tokens" in usage else self._usage | usage
         return event
 
@@ -1057,7 +1051,7 @@ class Meter:
         if not choice:
             return b""
         del value["usage"]
-        return cut_usage(event)[0] or b"data: " + encoded(value) + b"\n\n"
+        return cut_usage(event)[0] or b"data: " + to_json(value) + b"\n\n"
 
     def finished(self) -> bool:
         """Whether the answer is complete, though the last event may be missing."""
@@ -1080,8 +1074,7 @@ class Meter:
         written = 0
         n = self._claim.choices // len(self._claim.prompts)
         for index, usage in list(self._choices.items()):
-            block = cut_usage(usage)[1] if isinstance(usage, bytes) else usage
-            seen = read_usage(block) or Counts()
+            seen = read_usage(usage) or Counts()
             prompts[index // n] = seen.prompt_tokens  # once for each prompt of a list
             written += seen.completion_tokens
         running = Counts(sum(prompts.values()), written)
@@ -1095,7 +1088,7 @@ class Meter:
         if at_end and self.working_since and not self._text_bytes:
             silent_s = time.monotonic() - self.working_since
             output = max(output, 1, int(silent_s * SILENT_TOKENS_PER_S))
-        output = min(output, self._claim.output * self._claim.choices)
+        output = min(output, self._claim.output_bound * self._claim.choices)
         prompt = known.prompt_tokens or self._claim.estimate
         return Counts(prompt, output, estimated=1).at_most(self._reserved)
 
@@ -1121,11 +1114,11 @@ MOVE_TOKENS = """UPDATE users SET tokens_used = tokens_used + :more,
 
 
 def reserve(
-    execute: Execute, user: Row, claim: Claim, row: JSONObject, most: int, renews: Callable[[], str]
+    execute: Execute, user: Row, claim: Claim, row: JSONObject, most: int, resets_at: int | None
 ) -> tuple[int, int]:
     """Writes the row; (the output granted to each choice, requests of the user that run). 429.
 
-    `row` has request_id, model, endpoint, stream, and gets the rest. `renews` ends the quota's 429.
+    `row` has request_id, model, endpoint, stream, and gets the rest.
     """
     now = int(time.time())
     row |= {"user_id": user.id, "api_key_id": user.api_key_id, "now": now}
@@ -1135,7 +1128,8 @@ def reserve(
     if running >= most:
         raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
     granted = claim.granted(limit - used - reserved)
-    needed = claim.prompt + claim.choices * max(granted, min(claim.output, claim.least))
+    least = min(claim.output_bound, claim.least_output)
+    needed = claim.prompt_bound + claim.choices * max(granted, least)
     row["reserved"] = needed
     # The guard repeats what was just computed: no mistake above can overspend.
     if granted < 0 or not execute(RESERVE, row):
@@ -1144,7 +1138,9 @@ def reserve(
         if needed <= left:
             raise APIError("quota_reserved", why=why)
         why = f"Not enough quota: {why}" if left else f"Quota used up: {used} of {limit} tokens"
-        raise APIError("insufficient_quota", why=why + renews())
+        if resets_at:
+            why += f"; it begins again on {when(resets_at)}"
+        raise APIError("insufficient_quota", why=why)
     execute(INSERT_ROW, row)
     if now - (user.key_used_at or 0) >= 60:
         execute(TOUCH_KEY, row)
@@ -1167,7 +1163,7 @@ def book(
         return counts, old.tokens_used
     # What was held may be used up; more only if nobody else holds it. (A lost row's
     # reservation may have gone to others by the time its gate comes back.)
-    counts = counts.at_most(old.booked + max(old.reserved, old.reserved + old.free))
+    counts = counts.at_most(old.booked + old.reserved + max(0, old.free))
     if counts.total < old.booked - old.tokens_used:  # a reset came between estimate and count
         counts = Counts(old.booked - old.tokens_used, estimated=1)
     more = counts.total - old.booked
@@ -1222,7 +1218,7 @@ def duration(seconds: int) -> str:
 def when(moment: int) -> str:
     """A moment to come (Unix seconds), like "Tuesday 1 December, in 4 days"."""
     seconds = max(0, moment - int(time.time()))
-    wait = f"{-(-seconds // 86400)} days" if seconds > 86400 else duration(seconds)
+    wait = f"{math.ceil(seconds / 86400)} days" if seconds > 86400 else duration(seconds)
     return f"{datetime.fromtimestamp(moment, UTC):%A %-d %B}, in {wait}"
 
 
@@ -1281,6 +1277,18 @@ def usage_report(database: Database, user: Row, days: int, resets_at: int | None
 # the gate's own calls. Nothing here knows of users or tokens.
 
 
+@contextmanager
+def upstream_errors(code: str) -> Iterator[None]:
+    """504 when time is over; `code`, a 502, when the connection breaks off or makes no sense."""
+    try:
+        yield
+    except (TimeoutError, requests.Timeout) as error:
+        raise APIError("upstream_timeout", reason=words_of(error)) from None
+    except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
+        why = "it broke the connection off"
+        raise APIError(code, why=why, reason=words_of(error)) from None
+
+
 class Exchange(io.RawIOBase):
     """A connection to a server, and a request's exchange on it: what http.client reads from.
 
@@ -1300,7 +1308,7 @@ class Exchange(io.RawIOBase):
             self._sock = tls.wrap_socket(self._sock, server_hostname=parts.hostname)
         self.on_silence: Callable[[], None] | None = None  # called after each PING_S of it
         self._timeout_s = timeout_s
-        self._waits = -int(-timeout_s // PING_S)
+        self._waits = math.ceil(timeout_s / PING_S)
         self._wait_s = timeout_s / self._waits
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -1308,7 +1316,7 @@ class Exchange(io.RawIOBase):
         return io.BufferedReader(self, 65536)
 
     def readable(self) -> bool:
-        """Yes."""
+        """BufferedReader asks for this."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -1322,7 +1330,8 @@ class Exchange(io.RawIOBase):
                 if waits == self._waits:
                     raise TimeoutError("nothing came") from None
                 if self.on_silence:
-                    self.on_silence()
+                    with suppress(Exception):  # the caller has gone, as the watcher will see
+                        self.on_silence()
 
     def close(self) -> None:
         """Nothing: the reader calls it at an answer's end, and the connection may be kept."""
@@ -1331,7 +1340,7 @@ class Exchange(io.RawIOBase):
         """Sends a request and waits for the answer's status and headers."""
         lines = [f"POST {path} HTTP/1.1", f"Host: {self._host}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        with self._translated():
+        with upstream_errors("upstream_error"):
             self._sock.settimeout(self._timeout_s)
             self._sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
             self._sock.settimeout(self._wait_s)
@@ -1343,12 +1352,12 @@ class Exchange(io.RawIOBase):
     def pieces(self) -> Iterator[bytes]:
         """The body as it arrives."""
         response = self.response
-        with self._translated():
+        with upstream_errors("upstream_error"):
             while not response.isclosed() and response.length != 0:
                 # Up to 100 chunks that came together at a time: 3.5 times the events in a burst.
                 # Behind a chunk's data the reader holds the end of its line, and what came after.
                 pieces = [response.read1(65536)]
-                with suppress(OSError, ValueError, http.client.HTTPException):  # later: some came
+                with suppress(OSError, ValueError, http.client.HTTPException):  # told next time
                     while pieces[-1] and len(pieces) < 100 and response.chunked:
                         if not response.fp.peek(1).lstrip():
                             break
@@ -1357,17 +1366,6 @@ class Exchange(io.RawIOBase):
                     yield b"".join(pieces)
             if response.length:
                 raise ValueError("the body is shorter than its Content-Length")
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """502 when the connection breaks off or makes no sense, 504 when time is over."""
-        try:
-            yield
-        except TimeoutError as error:
-            raise APIError("upstream_timeout", reason=words_of(error)) from None
-        except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
-            why = "it broke the connection off"
-            raise APIError("upstream_error", why=why, reason=words_of(error)) from None
 
     def is_idle(self) -> bool:
         """Whether nothing has come, not even the connection's end."""
@@ -1455,17 +1453,13 @@ class Upstream:
         times = (CONNECT_TIMEOUT_S, wait_s)
         options: JSONObject = {"headers": self.headers, "timeout": times, "allow_redirects": False}
         method = "POST" if body else "GET"
-        try:
+        with upstream_errors("upstream_unavailable"):
             return self.session.request(method, self.url + path, data=body, **options)
-        except requests.Timeout as error:
-            raise APIError("upstream_timeout", reason=words_of(error)) from None
-        except requests.RequestException as error:
-            raise APIError("upstream_unavailable", reason=words_of(error)) from None
 
     def get_object(self, path: str, body: JSONObject | None = None, wait_s: int = 2) -> JSONObject:
         """The JSON object that a call brings; {} for anything else. 502, 504."""
-        answer = self.call(path, encoded(body) if body else None, wait_s)
-        value = parsed(answer.content)
+        answer = self.call(path, to_json(body) if body else None, wait_s)
+        value = parse_json(answer.content)
         return value if answer.status_code == 200 and isinstance(value, dict) else {}
 
     def refresh(self) -> None:
@@ -1487,7 +1481,7 @@ class Upstream:
     def abort(self, upstream_ids: list[str]) -> None:
         """Tells vLLM to end these requests; that it has refused is remembered for a while."""
         with suppress(APIError):
-            asked = encoded({"request_ids": upstream_ids})
+            asked = to_json({"request_ids": upstream_ids})
             answer = self.call("/inference/v1/abort_requests", asked)
             if answer.status_code in (403, 404, 405):
                 self.no_aborts_until = time.monotonic() + RETRY_OPTION_S
@@ -1607,7 +1601,38 @@ def error_event(endpoint: str, error: APIError, request_id: str) -> bytes:
     response: JSONObject = {"id": f"resp_{request_id}", "object": "response", "status": "failed"}
     response |= {"output": [], "error": failure, "usage": None}
     event = {"type": "response.failed", "sequence_number": 0, "response": response}
-    return b"event: response.failed\ndata: " + encoded(event) + b"\n\n"
+    return b"event: response.failed\ndata: " + to_json(event) + b"\n\n"
+
+
+# What OpenCode takes for a full context window, see part 2.
+MISREAD = re.compile(rb"(?i)token limit exceeded|too many tokens|exceeds the limit of")
+# vLLM's 400 for a forced tool of messages whose arguments are no object: all was generated by then.
+GENERATED_ANYWAY = re.compile(rb"validation errors? for AnthropicContentBlock")
+
+
+def require_good_answer(status: int, headers: Mapping[str, str]) -> None:
+    """502 or 503 for an answer of vLLM that is not for the caller: all but 200 and most 4xx."""
+    if status in (401, 403):
+        raise APIError("upstream_error", why="it refuses the gate's own key, see VLLM_API_KEY")
+    if headers.get("content-encoding", "identity") != "identity":
+        raise APIError("upstream_error", why="it compressed its answer though asked not to")
+    if status == 503:
+        raise APIError("upstream_busy", wait_s=headers.get("retry-after", "2"))
+    if status != 200 and not 400 <= status < 500:
+        why = "it answered with an error of its own"
+        raise APIError("upstream_error", why=why, reason=f"vLLM answers {status}")
+
+
+def plain_answer(body: bytes, status: int, headers: Mapping[str, str]) -> Response:
+    """vLLM's 200 or 4xx, its body unchanged; 429 in our words where OpenCode would misread it."""
+    response = Response(body, status, content_type=headers.get("content-type"))
+    wait_s = headers.get("retry-after", "1" if status == 429 else "")
+    if wait_s:
+        response.headers["Retry-After"] = wait_s
+    if status == 429 and MISREAD.search(body):
+        why = "vLLM takes no more requests now"
+        raise APIError("rate_limit_exceeded", why=why, wait_s=wait_s)
+    return response
 
 
 class Relay:
@@ -1638,15 +1663,15 @@ class Relay:
         self.times: JSONObject = {"first_byte_ms": None, "duration_ms": None}
         self.tokens_used: int = user.tokens_used  # of the user, after save()
         self._lock = threading.Lock()  # protects status, and the connection until it is final
-        self._booking = threading.Lock()  # protects the order of bookings
+        self._booking = threading.Lock()  # one save() at a time, or the log would tell it twice
 
-    def answer(self, app: Gate, body: JSONObject, raw: bytes) -> Response:
+    def answer(self, body: JSONObject, raw: bytes) -> Response:
         """vLLM's answer; 400, 404, 429, 502, 503, 504. `raw` is the body as it came."""
         try:
             busy = [other.upstream for other in list(self.watcher.running)]
-            servers = app.upstreams.route(self.model, busy)
-            self._open(app, servers[0], body, raw)
-            return self._ask(servers, body)
+            servers = self.watcher.upstreams.route(self.model, busy)
+            self._reserve(servers[0], body, raw)
+            return self._send(servers, body)
         except Exception as error:
             self.end("error", error.for_log if isinstance(error, APIError) else words_of(error))
             if self.exchange:
@@ -1655,31 +1680,28 @@ class Relay:
                 raise APIError("draining") from None
             raise
 
-    def _open(self, app: Gate, server: Upstream, body: JSONObject, raw: bytes) -> None:
+    def _reserve(self, server: Upstream, body: JSONObject, raw: bytes) -> None:
         """Writes the row, and the bound of the output into the body; 400, 429."""
         user = self.user
         context = server.models.get(self.model, {}).get("max_model_len")
         claim = Claim(body, raw, self.endpoint, context)
         room = user.token_limit - user.tokens_used - user.tokens_reserved
         claim.count_if_near(room, server)
-        name = self.request_id
-        self.ids_at_vllm = [f"chatcmpl-{name}"]
-        if self.endpoint == "completions":
-            self.ids_at_vllm = [f"cmpl-{name}-{number}" for number in range(len(claim.prompts))]
-        elif self.endpoint == "responses":
-            self.ids_at_vllm = [f"resp_{name}_0"]
+        ids = claim.protocol.upstream_ids
+        numbers = range(len(claim.prompts))
+        self.ids_at_vllm = [ids.format(self.request_id, number) for number in numbers]
         row: JSONObject = {"request_id": self.request_id, "model": self.model}
         row |= {"endpoint": self.endpoint, "stream": int(self.stream)}
-        most = app.settings.max_requests_per_user
-        self.watcher.begin_period()  # the first request of a period does not wait for upkeep()
-        with app.database.begin() as execute:
+        most = self.watcher.settings.max_requests_per_user
+        resets_at = self.watcher.begin_period()  # the first request of one waits for no upkeep()
+        with self.watcher.database.begin() as execute:
             if self.stopped_by:  # drain() waits no longer
                 raise APIError("draining", reason=self.stopped_by)
-            granted, self.running = reserve(execute, user, claim, row, most, app.renews)
+            granted, self.others_running = reserve(execute, user, claim, row, most, resets_at)
         self.meter = Meter(claim, row["reserved"])
         claim.limit_output(granted)
 
-    def _ask(self, servers: list[Upstream], body: JSONObject) -> Response:
+    def _send(self, servers: list[Upstream], body: JSONObject) -> Response:
         """The answer of the first server that is there; 502, 503, 504."""
         for server in servers:
             exchange = server.connect()
@@ -1702,18 +1724,18 @@ class Relay:
             if running_counts:
                 options["continuous_usage_stats"] = True
             sent = body | {"stream_options": options}
-        headers = {"X-Request-Id": self.request_id, "X-Vllm-Priority": str(self.running)}
+        headers = {"X-Request-Id": self.request_id, "X-Vllm-Priority": str(self.others_running)}
         path = f"{urlsplit(server.url).path}/v1/{self.endpoint}"
         self.sent = True
-        exchange.send(path, encoded(sent), server.headers | headers)
+        exchange.send(path, to_json(sent), server.headers | headers)
         refusal = b"".join(exchange.pieces()) if exchange.response.status == 400 else b""
         if running_counts and b"continuous_usage_stats" in refusal:
             server.no_running_counts_until[self.model] = time.monotonic() + RETRY_OPTION_S
             exchange.hang_up()
-            return self._ask([server], body)
-        return self._answer(exchange, refusal)
+            return self._send([server], body)
+        return self._read_answer(exchange, refusal)
 
-    def _answer(self, exchange: Exchange, refusal: bytes) -> Response:
+    def _read_answer(self, exchange: Exchange, refusal: bytes) -> Response:
         """The answer to relay: 200 or vLLM's own 4xx; 502 or 503 for all else."""
         meter = cast(Meter, self.meter)
         status = exchange.response.status
@@ -1731,7 +1753,7 @@ class Relay:
         self._note_time("first_byte_ms")
         body = refusal or b"".join(exchange.pieces())
         if status == 200:
-            value = parsed(body)
+            value = parse_json(body)
             if not isinstance(value, dict):
                 meter.answered = bool(body)
                 raise APIError("upstream_error", why="its answer is not a JSON object")
@@ -1766,11 +1788,14 @@ class Relay:
                     yield shown
             if self.stopped_by == DRAINING or not meter.finished():
                 raise APIError("upstream_error", why="its answer ended too early")
-            # Booked before the caller can see the end.
-            self.end("error" if meter.failed else "ok", "vLLM reported an error")
-            if not meter.complete:  # some servers leave it out
-                shown = b"" if meter.failed else b"data: [DONE]\n\n"
-            yield shown
+            if meter.failed:  # booked before the caller can see the end
+                self.end("error", "vLLM reported an error")
+            else:
+                self.end("ok", "")
+            if meter.complete:
+                yield shown
+            elif not meter.failed:  # some servers leave it out
+                yield b"data: [DONE]\n\n"
         except APIError as error:
             self.end("error", self.stopped_by or error.for_log)
             if self.stopped_by == DRAINING:
@@ -1817,14 +1842,6 @@ class Relay:
 
     def end(self, status: str, why: str) -> None:
         """Ends the request with this status and books it, if it has not ended yet."""
-        self.mark_ended(status, why)
-        try:
-            self.save()
-        except APIError as error:  # the watcher tries again
-            log.error("%s not booked yet: %s", self.request_id, error.for_log)
-
-    def mark_ended(self, status: str, why: str) -> None:
-        """The first half of end(), which waits for nothing; the watcher can do the rest."""
         with self._lock:
             if self.ended.is_set():
                 return
@@ -1835,6 +1852,10 @@ class Relay:
             self.counts = self.meter.counts(at_end=True) if self.meter else Counts()
             self.status = "aborted" if self.stopped_by == LEFT else status
             self.ended.set()
+        try:
+            self.save()
+        except APIError as error:  # the watcher tries again
+            log.error("%s not booked yet: %s", self.request_id, error.for_log)
 
     def save(self) -> None:
         """Books what is known now, until the end is booked; then writes the log's line. 503."""
@@ -1869,50 +1890,14 @@ class StreamResponse(Response):
     def __call__(self, environ: Any, start_response: Any) -> Any:
         """WSGI's write() sends the headers."""
         relay, status, headers = cast(Any, self.get_wsgi_response(environ))
-
-        def comment() -> None:
-            with suppress(Exception):  # the caller has gone, as the watcher will see
-                write(COMMENT)
-
-        relay.exchange.on_silence = comment
         try:
             write = start_response(status, headers)
             write(b"")
+            relay.exchange.on_silence = partial(write, COMMENT)
         except Exception:  # nobody else would close the stream
             relay.close()
             raise
         return relay
-
-
-# What OpenCode takes for a full context window, see part 2.
-MISREAD = re.compile(rb"(?i)token limit exceeded|too many tokens|exceeds the limit of")
-# vLLM's 400 for a forced tool of messages whose arguments are no object: all was generated by then.
-GENERATED_ANYWAY = re.compile(rb"validation errors? for AnthropicContentBlock")
-
-
-def require_good_answer(status: int, headers: Mapping[str, str]) -> None:
-    """502 or 503 for an answer of vLLM that is not for the caller: all but 200 and most 4xx."""
-    if status in (401, 403):
-        raise APIError("upstream_error", why="it refuses the gate's own key, see VLLM_API_KEY")
-    if headers.get("content-encoding", "identity") != "identity":
-        raise APIError("upstream_error", why="it compressed its answer though asked not to")
-    if status == 503:
-        raise APIError("upstream_busy", wait_s=headers.get("retry-after", "2"))
-    if status != 200 and not 400 <= status < 500:
-        why = "it answered with an error of its own"
-        raise APIError("upstream_error", why=why, reason=f"vLLM answers {status}")
-
-
-def plain_answer(body: bytes, status: int, headers: Mapping[str, str]) -> Response:
-    """vLLM's 200 or 4xx, its body unchanged; 429 in our words where OpenCode would misread it."""
-    response = Response(body, status, content_type=headers.get("content-type"))
-    wait_s = headers.get("retry-after", "1" if status == 429 else "")
-    if wait_s:
-        response.headers["Retry-After"] = wait_s
-    if status == 429 and MISREAD.search(body):
-        why = "vLLM takes no more requests now"
-        raise APIError("rate_limit_exceeded", why=why, wait_s=wait_s)
-    return response
 
 
 LOST_ROWS = """SELECT request_id, prompt_estimate, prompt_tokens, completion_tokens, cached_tokens,
@@ -1922,13 +1907,13 @@ LOST_ROWS = """SELECT request_id, prompt_estimate, prompt_tokens, completion_tok
 class Watcher:
     """Looks after running relays: callers who left, checkpoints, leases; and dead gates' rows."""
 
-    def __init__(self, database: Database, upstreams: Upstreams, quota_period: str) -> None:
+    def __init__(self, database: Database, upstreams: Upstreams, settings: Settings) -> None:
         self.database = database
         self.upstreams = upstreams
-        self._quota_period = quota_period
+        self.settings = settings
         self.running: set[Relay] = set()
         self.draining = False
-        self._admission = threading.Lock()  # protects draining, and counts of `running`
+        self._admission = threading.Lock()  # nobody counts `running` while one is let in
         self._period = 0  # when the period of quotas began that this gate has seen to
         self._round_at = time.time()  # when the last round of upkeep was well
         self._recover_at = 0.0  # no row is taken for dead before (monotonic)
@@ -1947,11 +1932,13 @@ class Watcher:
         for thread in self._threads:
             thread.join()
 
-    def admit(self, relay: Relay, places: int, most: int) -> None:
-        """Lets a relay begin; 503 `draining`, `overloaded`; 429: `most` of its user run here.
+    def admit(self, relay: Relay) -> None:
+        """Lets a relay begin; 503 `draining`, `overloaded`; 429: too many of its user run here.
 
         From here on it is in `running` until it is booked, and a gate that stops waits for it.
         """
+        places = max(2, self.settings.threads - 32)  # some stay free, for logins and usage
+        most = self.settings.max_requests_per_user
         with self._admission:
             running = list(self.running)
             if self.draining:
@@ -1961,11 +1948,6 @@ class Watcher:
             if sum(other.user.id == relay.user.id for other in running) >= most:
                 raise APIError("rate_limit_exceeded", why=f"{most} requests of yours are running")
             self.running.add(relay)
-
-    def refuse_relays(self) -> None:
-        """No relay is admitted any more."""
-        with self._admission:
-            self.draining = True
 
     def _repeat(self, work: Callable[[], None], pause_s: float) -> None:
         """Does it again and again until stop(); what fails is logged, and tried again."""
@@ -1983,16 +1965,17 @@ class Watcher:
             if relay.is_gone():
                 relay.stop(LEFT)
 
-    def begin_period(self) -> None:
-        """Lets every quota begin again when a period does, once for all gates. 503."""
-        begins_at, ends_at = period_of(self._quota_period, time.time())
+    def begin_period(self) -> int | None:
+        """Lets quotas begin again when a period does, once for all gates; when it ends. 503."""
+        begins_at, ends_at = period_of(self.settings.quota_period, time.time())
         if ends_at is None or begins_at == self._period:
-            return
+            return ends_at
         with self.database.begin() as execute:
             if execute(BEGIN_PERIOD, {"begins_at": begins_at}):
                 reset_usage(execute)
                 log.info("a new period of quotas has begun; the next one: %s", when(ends_at))
         self._period = begins_at
+        return ends_at
 
     def upkeep(self) -> None:
         """Quotas, checkpoints, leases, what could not be booked, rows of dead gates. 503.
@@ -2046,16 +2029,15 @@ def read_json() -> JSONObject:
     """The body, a JSON object; 400, 413, 415. NaN in it is refused where it is used."""
     if request.mimetype != "application/json" or "Content-Encoding" in request.headers:
         raise APIError("unsupported_media_type")
-    with suppress(ValueError, RecursionError):
-        body = json.loads(request.get_data().decode("utf-8-sig"))
-        if isinstance(body, dict):
-            return body
-    raise APIError("invalid_json")
+    body = parse_json(request.get_data().removeprefix(codecs.BOM_UTF8))
+    if not isinstance(body, dict):
+        raise APIError("invalid_json")
+    return body
 
 
 def base_url() -> str:
     """The gate's URL as callers see it, without a slash at its end."""
-    return gate().settings.public_url or request.host_url.rstrip("/")
+    return gate.settings.public_url or request.host_url.rstrip("/")
 
 
 def how_to_register(url: str, settings: Settings) -> str:
@@ -2074,7 +2056,7 @@ def root() -> Response:
     key = '-H "Authorization: Bearer $LLMGATE_API_KEY"'
     text = f"""llmgate: OpenAI's and Anthropic's API with accounts, keys and quotas in front of vLLM.
 
-register  {how_to_register(url, gate().settings)}
+register  {how_to_register(url, gate.settings)}
 base URL  {url}/v1 (OpenAI), {url} (Anthropic)
 usage     curl {url}/users/usage {key} -H 'Accept: text/plain'
 OpenCode  opencode auth login {url}
@@ -2087,7 +2069,7 @@ Codex     curl -sf --create-dirs {url}/codex.toml {key} -o ~/.codex/config.toml
 @routes.post("/auth/register")
 def auth_register() -> tuple[JSONObject, int]:
     """A new account with its first API key; 403 `registration_closed`."""
-    settings = gate().settings
+    settings = gate.settings
     if settings.registration == "closed":
         raise APIError("registration_closed", why="Ask the operator for an account")
     body = read_json()
@@ -2109,13 +2091,13 @@ def auth_token() -> JSONObject:
     form = request.mimetype == "application/x-www-form-urlencoded"
     body = request.form if form else read_json()
     user = log_in(body.get("username"), body.get("password"))
-    return gate().keyring.jwt_answer(user.id, user.jwt_version)
+    return gate.keyring.jwt_answer(user.id, user.jwt_version)
 
 
 @jwt_routes.post("/auth/refresh")
 def auth_refresh() -> JSONObject:
     """A new JWT for one that still works."""
-    return gate().keyring.jwt_answer(g.caller.id, g.caller.jwt_version)
+    return gate.keyring.jwt_answer(g.caller.id, g.caller.jwt_version)
 
 
 @jwt_routes.post("/auth/password")
@@ -2126,10 +2108,10 @@ def auth_password() -> JSONObject:
     new_hash = hash_password(body.get("new_password"), "new_password")
     sql = """UPDATE users SET password_hash = :new, jwt_version = jwt_version + 1
  WHERE id = :id AND password_hash = :old RETURNING jwt_version"""
-    changed = gate().database.write(sql, new=new_hash, id=user.id, old=user.password_hash)
+    changed = gate.database.write(sql, new=new_hash, id=user.id, old=user.password_hash)
     if not changed:  # another call was quicker
         raise APIError("invalid_credentials")
-    return gate().keyring.jwt_answer(user.id, changed[0].jwt_version)
+    return gate.keyring.jwt_answer(user.id, changed[0].jwt_version)
 
 
 @jwt_routes.get("/users/me")
@@ -2146,11 +2128,11 @@ def users_me() -> JSONObject:
 @jwt_routes.post("/users/me/api-key")
 def replace_key() -> JSONObject:
     """A new key in the place of the one that /users/me shows: its row, and so its usage, go on."""
-    api_key, row = gate().keyring.new_key(user_id=g.caller.id, name="default")
+    api_key, row = gate.keyring.new_key(user_id=g.caller.id, name="default")
     sql = """UPDATE api_keys SET nonce = :nonce, key_hash = :key_hash, created_at = :now,
  last_used_at = NULL WHERE id = (SELECT min(id) FROM api_keys WHERE user_id = :user_id
  AND revoked_at IS NULL) RETURNING id"""
-    with gate().database.begin() as execute:
+    with gate.database.begin() as execute:
         execute(LOCK_USER, row)
         if not execute(sql, row):
             execute(INSERT_KEY, row)
@@ -2161,11 +2143,11 @@ def keys_of(user_id: int) -> list[JSONObject]:
     """A user's live keys with their use; times in Unix seconds."""
     sql = """SELECT api_key_id, CAST(sum(prompt_tokens + completion_tokens) AS BIGINT) FROM usage
  WHERE user_id = :user_id GROUP BY api_key_id"""
-    used = dict(gate().database.query(sql, user_id=user_id))
+    used = dict(gate.database.query(sql, user_id=user_id))
     keys = []
-    for row in gate().database.query(LIVE_KEYS, user_id=user_id):
+    for row in gate.database.query(LIVE_KEYS, user_id=user_id):
         key = {name: getattr(row, name) for name in ("id", "name", "created_at", "last_used_at")}
-        key["api_key"] = gate().keyring.stored_key(row)
+        key["api_key"] = gate.keyring.stored_key(row)
         keys.append(key | {"tokens_used": used.get(row.id, 0)})
     return keys
 
@@ -2182,8 +2164,8 @@ def create_key() -> tuple[JSONObject, int]:
     name = utf8(read_json().get("name")).decode().strip()
     if not name.isprintable() or not 1 <= len(name) <= 64:
         raise APIError("invalid_value", "name", must_be="1 to 64 printable characters")
-    api_key, row = gate().keyring.new_key(user_id=g.caller.id, name=name)
-    with gate().database.begin() as execute:
+    api_key, row = gate.keyring.new_key(user_id=g.caller.id, name=name)
+    with gate.database.begin() as execute:
         execute(LOCK_USER, row)
         if len(execute(LIVE_KEYS, row)) >= MAX_KEYS:
             raise APIError("too_many_keys")
@@ -2197,7 +2179,7 @@ def revoke(user_id: int, key_id: int) -> None:
     sql = """UPDATE api_keys SET revoked_at = :now
  WHERE id = :id AND user_id = :user_id AND revoked_at IS NULL RETURNING id"""
     values = {"now": int(time.time()), "id": min(key_id, MAX_BIGINT), "user_id": user_id}
-    if not gate().database.write(sql, **values):
+    if not gate.database.write(sql, **values):
         raise APIError("key_not_found")
 
 
@@ -2212,7 +2194,7 @@ def revoke_key(key_id: int) -> tuple[str, int]:
 @key_routes.get("/v1/models/<path:model>")
 def models(model: str | None) -> JSONObject:
     """The models of all servers and the aliases, or one of them."""
-    found = gate().upstreams.public_models()
+    found = gate.upstreams.public_models()
     if model is None:
         return {"object": "list", "data": list(found.values())}
     if model not in found:
@@ -2227,17 +2209,15 @@ def models(model: str | None) -> JSONObject:
 @key_routes.post("/v1/responses", defaults={"endpoint": "responses"})
 def relay_request(endpoint: str) -> Response:
     """vLLM's answer, plain or streamed, within the caller's quota."""
-    app = gate()
     body = read_json()
     require_relayable(body, endpoint)
     if endpoint == "completions":
         body.setdefault("max_tokens", 16)  # as vLLM and OpenAI do; other servers would go on
-    body["model"] = app.upstreams.resolve(body["model"])
-    relay = Relay(app.watcher, g.caller, endpoint, body)
-    places = max(2, app.settings.threads - 32)  # some stay free, for logins and usage
-    app.watcher.admit(relay, places, app.settings.max_requests_per_user)
+    body["model"] = gate.upstreams.resolve(body["model"])
+    relay = Relay(gate.watcher, g.caller, endpoint, body)
+    gate.watcher.admit(relay)
     g.relay = relay
-    response = relay.answer(app, body, request.get_data())
+    response = relay.answer(body, request.get_data())
     left = relay.user.token_limit - relay.tokens_used
     response.headers["x-ratelimit-limit-tokens"] = str(relay.user.token_limit)
     response.headers["x-ratelimit-remaining-tokens"] = str(max(0, left))
@@ -2250,13 +2230,13 @@ COUNTING = threading.Semaphore(24)  # callers of count_tokens at a time: they ho
 @key_routes.post("/v1/messages/count_tokens")
 def count_tokens() -> Response:
     """vLLM's count of a prompt, free of charge."""
-    upstreams = gate().upstreams
+    upstreams = gate.upstreams
     body = read_json()
     require_relayable(body, "messages")
     body["model"] = upstreams.resolve(body["model"])
     server = upstreams.route(body["model"], [])[0]
-    with a_place(COUNTING, APIError("overloaded")):
-        answer = server.call("/v1/messages/count_tokens", encoded(body), 30)
+    with a_place(COUNTING, "overloaded"):
+        answer = server.call("/v1/messages/count_tokens", to_json(body), 30)
     require_good_answer(answer.status_code, answer.headers)
     return plain_answer(answer.content, answer.status_code, answer.headers)
 
@@ -2267,7 +2247,7 @@ def users_usage() -> JSONObject | Response:
     days = request.args.get("days", "30")
     if days not in map(str, range(1, 367)):
         raise APIError("invalid_value", "days", must_be="a whole number from 1 to 366")
-    report = usage_report(gate().database, g.caller, int(days), gate().resets_at())
+    report = usage_report(gate.database, g.caller, int(days), gate.resets_at())
     if request.accept_mimetypes.best_match(["application/json", "text/plain"]) == "text/plain":
         return Response(drawn_usage(g.caller.username, report), mimetype="text/plain")
     return report
@@ -2276,12 +2256,12 @@ def users_usage() -> JSONObject | Response:
 @routes.get("/health")
 def health() -> JSONObject:
     """200 while the database answers and takes writes; 503."""
-    upstreams = gate().upstreams
-    if gate().watcher.draining:
+    upstreams = gate.upstreams
+    if gate.watcher.draining:
         raise APIError("draining")
     sql = """INSERT INTO login_attempts (name_hash, tries, held_until_ms) VALUES ('health', 0, :now)
  ON CONFLICT (name_hash) DO UPDATE SET held_until_ms = :now RETURNING tries"""
-    gate().database.write(sql, now=int(time.time()) * 1000)
+    gate.database.write(sql, now=int(time.time()) * 1000)
     upstreams.models()  # keeps the list fresh
     up = sum(server.up for server in upstreams)
     return {"status": "ok", "upstreams": {"up": up, "of": len(upstreams)}}
@@ -2318,8 +2298,8 @@ def drawn_usage(username: str, report: JSONObject) -> str:
 
 def contexts() -> dict[str, int]:
     """{id or alias: tokens of its context}, the default model first; 502 while no server is up."""
-    models = gate().upstreams.public_models()
-    names = [*(alias for alias in gate().upstreams.aliases if alias in models), *models]
+    models = gate.upstreams.public_models()
+    names = [*(alias for alias in gate.upstreams.aliases if alias in models), *models]
     return {name: models[name].get("max_model_len", UNKNOWN_CONTEXT) for name in names}
 
 
@@ -2330,7 +2310,7 @@ def opencode_json() -> JSONObject:
     for name, context in contexts().items():
         limit = {"context": context, "output": min(context // 4, 32000)}
         models[name] = {"name": name, "tool_call": True, "limit": limit}
-        real = gate().upstreams.resolve(name)
+        real = gate.upstreams.resolve(name)
         # OpenCode's repairs for Mistral's models go by `id`; without it the file outlives a change.
         if real != name and re.search("mistral|devstral", real, re.IGNORECASE):
             models[name]["id"] = real
@@ -2345,7 +2325,7 @@ def opencode_json() -> JSONObject:
 @routes.get("/.well-known/opencode")
 def well_known_opencode() -> JSONObject:
     """What `opencode auth login URL` reads, without a key; 404 if OPENCODE_DISCOVERY is off."""
-    if gate().settings.opencode_discovery == "off":
+    if gate.settings.opencode_discovery == "off":
         raise APIError("not_found", hint="GET / says what there is")
     ask = 'printf "llmgate API key: "; stty -echo; read -r LLMGATE_API_KEY; stty echo; echo'
     ask = f'if [ -z "$LLMGATE_API_KEY" ]; then {{ {ask}; }} < /dev/tty > /dev/tty; fi'
@@ -2393,7 +2373,7 @@ def begin_request() -> None:
     """When the request began, and its id; 400 `host_not_allowed`. Bodies of accounts are small."""
     g.started_at = time.monotonic()
     g.request_id = secrets.token_hex(16)
-    allowed = gate().settings.allowed_hosts
+    allowed = gate.settings.allowed_hosts
     host = host_name(request.environ.get("HTTP_HOST", ""))
     if request.path != "/health" and (not host or (allowed and host not in allowed)):
         raise APIError("host_not_allowed")
@@ -2406,7 +2386,7 @@ def end_request(response: Response) -> Response:
     """The headers of every answer; the log line of those that were not relayed."""
     response.headers["X-Request-Id"] = g.request_id
     response.headers.setdefault("Cache-Control", "no-store")
-    resets_at = gate().resets_at()
+    resets_at = gate.resets_at()
     is_metered = response.status_code == 429 or "x-ratelimit-limit-tokens" in response.headers
     if resets_at and is_metered:
         wait = duration(max(0, resets_at - int(time.time())))
@@ -2504,17 +2484,12 @@ class Gate(Flask):
             raise SettingsError(f"DATABASE_URL must be {why}") from None
         self.keyring = Keyring(secret, settings.jwt_expiration_hours)
         self.upstreams = Upstreams(settings)
-        self.watcher = Watcher(self.database, self.upstreams, settings.quota_period)
+        self.watcher = Watcher(self.database, self.upstreams, settings)
         self.watcher.begin_period()
 
     def resets_at(self) -> int | None:
         """When quotas begin again (Unix seconds); None: never."""
         return period_of(self.settings.quota_period, time.time())[1]
-
-    def renews(self) -> str:
-        """When quotas begin again, for the end of a sentence."""
-        resets_at = self.resets_at()
-        return f"; it begins again on {when(resets_at)}" if resets_at else ""
 
 
 class LineFormatter(logging.Formatter):
@@ -2646,7 +2621,7 @@ class Server:
 
     def drain(self, grace_s: float = 30) -> None:
         """Refuses new relays from now on, breaks off the running ones after `grace_s`, then stops."""
-        self.app.watcher.refuse_relays()
+        self.app.watcher.draining = True
         self._break_off_at = time.monotonic() + grace_s
 
     def _drain_further(self) -> bool:
@@ -2656,7 +2631,7 @@ class Server:
         for relay in running if late_s > 0 else ():
             relay.stop(DRAINING)
             if late_s > 5 and relay.meter:  # its caller does not read; one without a row is told
-                relay.mark_ended("error", DRAINING)
+                relay.end("error", DRAINING)
         channels = list(self._waitress.active_channels.values())
         busy = running or any(c.requests or c.total_outbufs_len for c in channels)
         return self.app.watcher.draining and (late_s > 8 or not busy)
@@ -2719,7 +2694,7 @@ def start_gate(
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() == supervisor:
             serve(settings, listening, number)
-        sys.exit()
+        os._exit(0)  # sys.exit() would die by a signal that still comes
     numbers[pid] = number
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
@@ -2729,9 +2704,8 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
     Gate(settings).database.close()  # makes the tables and the secret, while nobody else does
     run_on({ctypes.CDLL(None).sched_getcpu()})  # they take this core and the next ones
     numbers: dict[int, int] = {}  # of the gates, by process id
-    code = 0
+    status = 0
     ending_since = 0.0
-    wrong_setting = False
 
     def end(*_: object) -> None:
         nonlocal ending_since
@@ -2752,17 +2726,17 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
             continue
         number = numbers.pop(pid)
         code = os.waitstatus_to_exitcode(wait_status)
-        if not ending_since and code == 2:
-            wrong_setting = True
+        if ending_since:
+            status = status or int(code != 0)
+        elif code == 2:  # a setting is wrong: another start would not mend it
+            status = 2
             end()
-        if not ending_since:
+        else:
             tell(f"Process {number} ended ({code}); starting another.")
             time.sleep(1)
-        if not ending_since:
-            start_gate(settings, listening, number, numbers)
-    if wrong_setting:
-        sys.exit(2)
-    sys.exit(1 if code else 0)
+            if not ending_since:
+                start_gate(settings, listening, number, numbers)
+    sys.exit(status)
 
 
 @click.group(invoke_without_command=True)
@@ -2796,7 +2770,7 @@ NAME_OR_ALL = click.argument("name", required=False)
 
 def accounts(name: str | None = None) -> list[Row]:
     """The account of a name, or all; a click error if nobody has the name."""
-    everyone = gate().database.query("SELECT * FROM users ORDER BY id")
+    everyone = gate.database.query("SELECT * FROM users ORDER BY id")
     found = [user for user in everyone if name is None or user.username.lower() == name.lower()]
     if name is not None and not found:
         raise click.ClickException(f"There is no user {name!r}; see: python llmgate.py users")
@@ -2807,7 +2781,7 @@ def update(name: str, said: str, assignments: str, value: object) -> None:
     """UPDATEs an account's row by these SQL assignments of :value, and says so."""
     (user,) = accounts(name)
     sql = f"UPDATE users SET {assignments} WHERE id = :id RETURNING id"
-    gate().database.write(sql, value=value, id=user.id)
+    gate.database.write(sql, value=value, id=user.id)
     click.echo(f"{user.username} {said}.")
 
 
@@ -2829,7 +2803,7 @@ def create_tables() -> None:
 @click.option("--token-limit", type=TOKENS, help="The quota.")
 def create_user(name: str, token_limit: int | None) -> None:
     """Make an account (password asked, or on stdin); print its key."""
-    limit = token_limit or gate().settings.default_token_limit
+    limit = token_limit or gate.settings.default_token_limit
     click.echo(register(name, asked_password(), limit)[1])
 
 
@@ -2850,10 +2824,10 @@ def users() -> None:
 def usage(name: str | None, days: int) -> None:
     """Draw the usage of one account, or of all, the heaviest first."""
     if name is None:
-        rows = gate().database.query(USAGE_BY_USER, since=int(time.time()) // 86400 - days + 1)
+        rows = gate.database.query(USAGE_BY_USER, since=int(time.time()) // 86400 - days + 1)
         return click.echo(table("username", rows), nl=False)
     (user,) = accounts(name)
-    report = usage_report(gate().database, user, days, gate().resets_at())
+    report = usage_report(gate.database, user, days, gate.resets_at())
     click.echo(drawn_usage(user.username, report), nl=False)
 
 
@@ -2903,7 +2877,7 @@ def reset_usage_command(name: str | None, everyone: bool) -> None:
     if bool(name) == everyone:
         raise click.UsageError("Give a NAME, or --all.")
     for user in accounts(name):
-        with gate().database.begin() as execute:
+        with gate.database.begin() as execute:
             reset_usage(execute, user.id)
         click.echo(f"{user.username} begins again at 0 tokens.")
 
@@ -2923,7 +2897,7 @@ def check() -> None:
     sums = """SELECT username, tokens_used, coalesce(sum(prompt_tokens + completion_tokens), 0),
  tokens_reserved, coalesce(sum(reserved), 0) FROM users u LEFT JOIN usage r ON r.user_id = u.id
  GROUP BY u.id ORDER BY u.id"""
-    rows = [row for row in gate().database.query(sums) if row[1] != row[2] or row[3] != row[4]]
+    rows = [row for row in gate.database.query(sums) if row[1] != row[2] or row[3] != row[4]]
     for row in rows:
         click.echo("{}: {} used, rows say {}; {} reserved, rows say {}".format(*row))
     click.echo(f"{len(rows)} accounts differ from their rows.")
