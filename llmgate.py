@@ -65,6 +65,7 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask
 from waitress.wasyncore import close_all, loop
 from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 JSONObject = dict[str, Any]
 Row = Any  # a named tuple of a query's columns
@@ -110,7 +111,8 @@ def run_on(cores: set[int]) -> None:
 # variable, and never shows its value: it may be a secret in the wrong place.
 
 PORT = r":([1-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
-HOST = rf"(\[(?=.*:.*:)[0-9A-Fa-f:.]+\]|[\w-]+(?:\.[\w-]+)*\.?)({PORT})?"
+HOST = rf"(?a:(\[(?=.*:.*:)[0-9A-Fa-f:.]+\]|[\w-]+(?:\.[\w-]+)*\.?)({PORT})?)"
+ADDRESS = r"(\d+(\.\d+){3}|(?=.*:.*:)[0-9A-Fa-f:.]+)?"
 URL = rf"https?://{HOST}(/[^?#\s]*)?"
 DATABASE = (r"sqlite:///.*[^/].*|postgresql\+psycopg://.+", "sqlite:/// or postgresql+psycopg://")
 COUNT = range(1, MAX_BIGINT + 1)
@@ -131,7 +133,7 @@ class Settings:
     """All settings; each field is read from the variable of its name in upper case."""
 
     vllm_endpoint: tuple[str, ...] = setting("", URL, "a URL like http://127.0.0.1:8001")
-    vllm_api_key: str = setting("")  # the gate's own key for vLLM
+    vllm_api_key: str = setting("", "[!-~]*", "printable ASCII")  # the gate's own key for vLLM
     host: str = setting("127.0.0.1")
     port: int = setting("8000", range(65536))  # 0: the kernel chooses
     database_url: str = setting("sqlite:///llmgate.db", *DATABASE)
@@ -150,7 +152,7 @@ class Settings:
     max_requests_per_user: int = setting("16", COUNT)  # relays at a time
     upstream_timeout: int = setting("600", range(1, 86401))  # seconds without a byte from vLLM
     max_body_mb: int = setting("32", range(1, 1025))
-    trusted_proxy: str = setting("", "[0-9a-fA-F.:]*", "an address")  # X-Forwarded-* counts
+    trusted_proxy: str = setting("", ADDRESS, "an address")  # whose X-Forwarded-* counts
     opencode_discovery: str = setting("on", "on|off", "on or off")
     allowed_hosts: tuple[str, ...] = setting("", HOST, "a name or [IPv6]")  # in Host; (): any
 
@@ -189,11 +191,12 @@ def complete_settings(values: JSONObject) -> None:
         raise SettingsError("REGISTRATION_TOKEN must be set when REGISTRATION is invite")
     if values["default_token_limit"] > values["max_token_limit"]:
         raise SettingsError("DEFAULT_TOKEN_LIMIT must be MAX_TOKEN_LIMIT or less")
-    _, sqlite, path = values["database_url"].partition("sqlite:///")
-    if sqlite and not Path(path).absolute().parent.is_dir():
-        raise SettingsError("DATABASE_URL must name a file in a folder that exists")
-    if sqlite:  # Flask-SQLAlchemy would look for it elsewhere
-        values["database_url"] = f"sqlite:///{Path(path).absolute()}"
+    if values["database_url"].startswith("sqlite"):
+        path = Path(sa.make_url(values["database_url"]).database or "").absolute()
+        if not path.parent.is_dir():
+            raise SettingsError("DATABASE_URL must name a file in a folder that exists")
+        # Flask-SQLAlchemy would look for it elsewhere.
+        values["database_url"] = sa.URL.create("sqlite", database=str(path)).render_as_string()
     elif not values["jwt_secret_key"]:
         raise SettingsError("JWT_SECRET_KEY must be set beside PostgreSQL, alike for all gates")
     local = re.fullmatch(r"localhost|::1|127\..*", values["host"])
@@ -210,17 +213,23 @@ def complete_settings(values: JSONObject) -> None:
 
 def host_name(host: str) -> str:
     """A host as it is compared: in lower case, without a port; "" for what is no host."""
-    found = re.fullmatch(HOST, host, re.ASCII)
+    found = re.fullmatch(HOST, host)
     return found[1].lower() if found else ""
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
     """The variables of .env; SettingsError for a misspelt name; hides a file that has secrets."""
     try:
-        found = {name: value or "" for name, value in dotenv_values(path).items()}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError):
         raise SettingsError(".env must be a text file in UTF-8 that the gate may read") from None
+    logging.getLogger("dotenv").setLevel(logging.ERROR)  # a line that it skips is told here
+    values = dotenv_values(stream=io.StringIO(text))
+    found = {name: value for name, value in values.items() if value is not None}
     known = [item.name.upper() for item in fields(Settings)]
+    for name in re.findall(r"(?m)^\s*(?:export\s+)?(\w+)", text):
+        if name in known and name not in found:
+            raise SettingsError(f"{name} in .env must be written as {name}=value")
     for name in found:
         near = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.8)
         if near and name not in known and not name.startswith("LLMGATE_"):
@@ -262,7 +271,7 @@ ERRORS = {  # code: (status, message)
     "account_disabled": (403, "This account is disabled; ask the operator."),
     "not_found": (404, "There is nothing at this path; {hint}."),
     "model_not_found": (404, "No model {model!r} here; GET /v1/models lists them."),
-    "key_not_found": (404, "No such key; GET /users/me/keys lists yours."),
+    "key_not_found": (404, "No key has this id; the list of keys shows them."),
     "method_not_allowed": (405, "This path takes other methods; see the header Allow."),
     "username_taken": (409, "This username is taken; choose another."),
     "request_too_large": (413, "The body is larger than this gate accepts."),
@@ -294,7 +303,6 @@ CODES = {  # for what Flask and waitress refuse by themselves
     404: "not_found",
     405: "method_not_allowed",
     413: "request_too_large",
-    415: "unsupported_media_type",
     431: "headers_too_large",
     500: "internal_error",
 }
@@ -329,7 +337,7 @@ class APIError(Exception):
 
 def words_of(error: BaseException) -> str:
     """An exception in one line for the log, a database's without the values of its rows."""
-    diagnosis = getattr(getattr(error, "orig", None) or error, "diag", None)
+    diagnosis = getattr(error, "diag", None)
     text = getattr(diagnosis, "message_primary", None)  # PostgreSQL's other lines show rows
     return f"{type(error).__name__}: {str(text or error).strip().partition(chr(10))[0][:300]}"
 
@@ -382,8 +390,9 @@ class Database:
     """The database: short write transactions, one at a time on SQLite, and reads beside them."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        """Makes the tables that are missing; 503."""
+        """Makes the tables that are missing; 503, SettingsError."""
         self._engine = engine
+        self._driver = cast(Any, engine.dialect).dbapi
         self._sqlite = engine.dialect.name == "sqlite"
         self._lock = threading.Lock()  # protects _writer
         ddl = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
@@ -398,8 +407,11 @@ class Database:
             counted = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
             ddl = ddl.replace("INTEGER PRIMARY KEY NOT NULL", counted)
             first = f"SELECT pg_advisory_xact_lock(7435623); {ddl}"
-        with self.begin(first):
-            pass
+        try:
+            with self.begin(first):
+                pass
+        except self._driver.ProgrammingError as error:  # PostgreSQL: no right to make tables
+            raise SettingsError(f"DATABASE_URL: {words_of(error)}") from None
 
     @contextmanager
     def begin(self, first: str = "") -> Iterator[Execute]:
@@ -468,11 +480,11 @@ class Database:
     @contextmanager
     def _translated(self) -> Iterator[None]:
         """503 for a database that is away, locked or full."""
-        driver = cast(Any, self._engine.dialect).dbapi
-        away = (driver.OperationalError, driver.InterfaceError)
+        driver = self._driver  # InternalError: PostgreSQL takes no writes now
+        away = (driver.OperationalError, driver.InterfaceError, driver.InternalError)
         try:
             yield
-        except (*away, sa.exc.OperationalError, sa.exc.TimeoutError) as error:
+        except (*away, sa.exc.TimeoutError) as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR":
                 raise  # our own SQL is wrong
             raise APIError("database_unavailable", reason=words_of(error)) from None
@@ -725,7 +737,7 @@ RENDERED = """model messages tools chat_template chat_template_kwargs add_genera
 READ = "model messages system tools tool_choice thinking"
 COUNT_TOKENS = ("/v1/messages/count_tokens", "input_tokens")
 RENDER = ("/v1/responses/render", "token_ids")
-CHAT_BOUNDS = ("max_tokens", "max_completion_tokens")
+CHAT_BOUNDS = ("max_tokens", "max_completion_tokens", "n_predict")  # the last is llama.cpp's
 PROTOCOLS = {
     "chat/completions": Protocol(CHAT_BOUNDS, counted=RENDERED, reports=True),
     "completions": Protocol(("max_tokens",), "prompt", upstream_ids="cmpl-{0}-{1}", reports=True),
@@ -780,6 +792,16 @@ def media_in(body: JSONObject) -> tuple[int, int, int]:
     return pictures, others, data_bytes
 
 
+def prompts_of(body: JSONObject, field: str) -> list[Any]:
+    """What vLLM answers, each for itself: texts, lists of token ids; [None] for a conversation."""
+    prompt = body.get(field) if field else None
+    if not isinstance(prompt, list) or not prompt or type(prompt[0]) is int:
+        prompt = [prompt]
+    if field == "prompt" and body.get("prompt_embeds"):
+        return as_list(body["prompt_embeds"]) + [text for text in prompt if text is not None]
+    return prompt
+
+
 # Fields that no template renders; others that vLLM's count does not know count by their bytes.
 NEVER_RENDERED = {"stream_options", "metadata", "stop", "stop_sequences", "logit_bias", "include"}
 
@@ -793,12 +815,11 @@ class Claim:
     def __init__(self, body: JSONObject, raw: bytes, endpoint: str, context: int | None) -> None:
         """Of a body, and of its bytes as they came; 400."""
         self.body = body
-        self.context = context
         self.protocol = PROTOCOLS[endpoint]
-        field = self.protocol.prompt_field
-        prompt = body.get(field) if field else None
-        several = isinstance(prompt, list) and prompt and type(prompt[0]) is not int
-        self.prompts: list[Any] = cast("list[Any]", prompt) if several else [prompt]
+        if not self.protocol.bounds:  # of embeddings vLLM may read more, in chunks
+            context = None
+        self.context = context
+        self.prompts = prompts_of(body, self.protocol.prompt_field)
         n = whole_number(body, "n", 1, 16) or 1
         self.choices = len(self.prompts) * (n if self.protocol.reports else 1)
         asked = [whole_number(body, name, 0) for name in self.protocol.bounds]
@@ -806,7 +827,7 @@ class Claim:
         most = unbounded if self.protocol.bounds else 0
         # What one choice may write: as asked for, or up to the model's context.
         self.output_bound = max((number for number in asked if number is not None), default=most)
-        thinking = body.get("thinking")
+        thinking = body.get("thinking") if endpoint == "messages" else None
         thinks = isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int
         self.least_output = 1025 if thinks else 1  # thoughts have 1,024 tokens or more
         pictures, others, data_bytes = media_in(body) if MEDIA_WORD.search(raw) else (0, 0, 0)
@@ -836,26 +857,27 @@ class Claim:
         most = max(room // 4, 1024, self.least_output, self.choices) // self.choices
         return min(self.output_bound, left, most)
 
-    def count_if_near(self, room: int, server: Upstream) -> None:
+    def count_if_near(self, room: int, server: Upstream, is_stopped: Callable[[], object]) -> None:
         """Near the limit, of the quota or the context, lets vLLM count the prompt."""
         granted = self.granted(room)
         sends_bound = granted < self.output_bound or self.protocol.in_context
         context = self.context or 0
         near = context and sends_bound and granted + self.prompt_bound > context
-        if room <= 0 or not self._countable or not (near or self.prompt_bound > room // 8):
+        is_near = near or self.prompt_bound > room // 8
+        if room < len(self.prompts) or not self._countable or not is_near:
             return
         counted = None
         with suppress(APIError):  # the relay says it, if no other server is there
-            counted = self._counted(server)
+            counted = self._counted(server, is_stopped)
         if counted is None and not self.protocol.prompt_field:
             counted = min(self.prompt_bound, self._guess)
         if counted is not None:
             self.prompt_bound = counted
             self.estimate = max(1, counted)
-            if context:
+            if context and self.choices == 1:  # of several, each has the context for itself
                 self.output_bound = min(self.output_bound, max(context - counted, 1))
 
-    def _counted(self, server: Upstream) -> int | None:
+    def _counted(self, server: Upstream, is_stopped: Callable[[], object]) -> int | None:
         """The prompt's tokens, by vLLM; None where it cannot tell. 502, 504."""
         path, answer = self.protocol.counter
         names = self.protocol.counted.split()
@@ -869,7 +891,7 @@ class Claim:
         for question in questions:
             count = server.get_object(path, question, wait_s=30).get(answer)
             count = len(count) if isinstance(count, list) else count
-            if type(count) is not int:
+            if type(count) is not int or is_stopped():
                 return None
             total += count
         unknown = self.body.keys() - names - NEVER_RENDERED if names else set()
@@ -887,7 +909,8 @@ class Claim:
         too_high = any(body[name] > limit for name in given)
         if granted >= self.output_bound and not too_high:
             return
-        most = min(granted, max(context - self.estimate, 1)) if context else granted
+        prompt = self.estimate // len(self.prompts)
+        most = min(granted, max(context - prompt, 1)) if context else granted
         for name in given or self.protocol.bounds[:1]:
             body[name] = min(body.get(name) or most, most)
         if type(body.get("min_tokens")) is int:
@@ -1348,6 +1371,8 @@ class Exchange(io.RawIOBase):
             self.response.begin()
             if self.response.length is None and "content-length" in self.response.headers:
                 raise ValueError("a Content-Length that is no number")
+            if any("\n" in value for value in self.response.headers.values()):
+                raise ValueError("a header of several lines")
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it arrives."""
@@ -1357,13 +1382,18 @@ class Exchange(io.RawIOBase):
                 # Up to 100 chunks that came together at a time: 3.5 times the events in a burst.
                 # Behind a chunk's data the reader holds the end of its line, and what came after.
                 pieces = [response.read1(65536)]
-                with suppress(OSError, ValueError, http.client.HTTPException):  # told next time
+                broken = None
+                try:
                     while pieces[-1] and len(pieces) < 100 and response.chunked:
                         if not response.fp.peek(1).lstrip():
                             break
                         pieces.append(response.read1(65536))
+                except (OSError, ValueError, http.client.HTTPException) as error:
+                    broken = error
                 if pieces[0]:
                     yield b"".join(pieces)
+                if broken:
+                    raise broken
             if response.length:
                 raise ValueError("the body is shorter than its Content-Length")
 
@@ -1543,7 +1573,7 @@ class Upstreams(list[Upstream]):
             self.refresh()
         servers = [server for server in self if model in server.models]
         if not servers and any(server.up for server in self):
-            raise APIError("model_not_found", "model", model=model)
+            raise APIError("model_not_found", "model", model=model[:200])
         if not servers:
             raise self.unavailable()
         return sorted(servers, key=lambda server: (not server.up, busy.count(server)))
@@ -1625,7 +1655,8 @@ def require_good_answer(status: int, headers: Mapping[str, str]) -> None:
 
 def plain_answer(body: bytes, status: int, headers: Mapping[str, str]) -> Response:
     """vLLM's 200 or 4xx, its body unchanged; 429 in our words where OpenCode would misread it."""
-    response = Response(body, status, content_type=headers.get("content-type"))
+    content_type = headers.get("content-type", "application/json")
+    response = Response(body, status, content_type=content_type)
     wait_s = headers.get("retry-after", "1" if status == 429 else "")
     if wait_s:
         response.headers["Retry-After"] = wait_s
@@ -1686,7 +1717,7 @@ class Relay:
         context = server.models.get(self.model, {}).get("max_model_len")
         claim = Claim(body, raw, self.endpoint, context)
         room = user.token_limit - user.tokens_used - user.tokens_reserved
-        claim.count_if_near(room, server)
+        claim.count_if_near(room, server, lambda: self.stopped_by)
         ids = claim.protocol.upstream_ids
         numbers = range(len(claim.prompts))
         self.ids_at_vllm = [ids.format(self.request_id, number) for number in numbers]
@@ -1701,7 +1732,7 @@ class Relay:
         self.meter = Meter(claim, row["reserved"])
         claim.limit_output(granted)
 
-    def _send(self, servers: list[Upstream], body: JSONObject) -> Response:
+    def _send(self, servers: list[Upstream], body: JSONObject, again: bool = False) -> Response:
         """The answer of the first server that is there; 502, 503, 504."""
         for server in servers:
             exchange = server.connect()
@@ -1718,7 +1749,8 @@ class Relay:
         running_counts = False
         sent = body
         if self.stream and PROTOCOLS[self.endpoint].reports:
-            running_counts = server.no_running_counts_until.get(self.model, 0) < time.monotonic()
+            refused_until = server.no_running_counts_until.get(self.model, 0)
+            running_counts = not again and refused_until < time.monotonic()
             options = (body.get("stream_options") or {}) | {"include_usage": True}
             options.pop("continuous_usage_stats", None)
             if running_counts:
@@ -1730,9 +1762,10 @@ class Relay:
         exchange.send(path, to_json(sent), server.headers | headers)
         refusal = b"".join(exchange.pieces()) if exchange.response.status == 400 else b""
         if running_counts and b"continuous_usage_stats" in refusal:
-            server.no_running_counts_until[self.model] = time.monotonic() + RETRY_OPTION_S
             exchange.hang_up()
-            return self._send([server], body)
+            return self._send([server], body, again=True)
+        if again and exchange.response.status == 200:  # it was the option, not the caller's text
+            server.no_running_counts_until[self.model] = time.monotonic() + RETRY_OPTION_S
         return self._read_answer(exchange, refusal)
 
     def _read_answer(self, exchange: Exchange, refusal: bytes) -> Response:
@@ -2192,13 +2225,15 @@ def revoke_key(key_id: int) -> tuple[str, int]:
 
 @key_routes.get("/v1/models", defaults={"model": None})
 @key_routes.get("/v1/models/<path:model>")
+@key_routes.get("/v1/models//<path:model>")  # a model's name may be a path on vLLM's disk
 def models(model: str | None) -> JSONObject:
     """The models of all servers and the aliases, or one of them."""
     found = gate.upstreams.public_models()
     if model is None:
         return {"object": "list", "data": list(found.values())}
+    model = request.path.removeprefix("/v1/models/")
     if model not in found:
-        raise APIError("model_not_found", "model", model=model)
+        raise APIError("model_not_found", "model", model=model[:200])
     return found[model]
 
 
@@ -2487,6 +2522,13 @@ class Gate(Flask):
         self.watcher = Watcher(self.database, self.upstreams, settings)
         self.watcher.begin_period()
 
+    def wsgi_app(self, environ: JSONObject, start_response: Any) -> Any:
+        """Flask's; X-Forwarded-* counts where it comes from TRUSTED_PROXY."""
+        app: Any = super().wsgi_app
+        if environ["REMOTE_ADDR"] == self.settings.trusted_proxy:
+            app = ProxyFix(app, x_host=1, x_port=1)
+        return app(environ, start_response)
+
     def resets_at(self) -> int | None:
         """When quotas begin again (Unix seconds); None: never."""
         return period_of(self.settings.quota_period, time.time())[1]
@@ -2497,7 +2539,7 @@ class LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line; what could begin another one is escaped."""
-        line = super().formatMessage(record)
+        line = super().formatMessage(record)[:2000]
         return printable(re.sub(r"(sk-llmgate-|eyJ)[\w.-]+", r"\1...", line))
 
     def formatException(self, ei: Any) -> str:
@@ -2530,8 +2572,11 @@ class JSONErrorTask(ErrorTask):
     def execute(self) -> None:
         """Writes the error and closes the connection."""
         error = APIError(CODES.get(self.request.error.code, "bad_request"))
+        request_id = secrets.token_hex(16)
+        why = f"{error.code}: {self.request.error.body}"
+        log.info("%s %s %d (%s)", request_id, self.channel.addr[0], error.status, why)
         status = f"{error.status} {http.client.responses[error.status]}"
-        headers = [("Content-Type", "application/json"), ("X-Request-Id", secrets.token_hex(16))]
+        headers = [("Content-Type", "application/json"), ("X-Request-Id", request_id)]
         body = error.body(anthropic=getattr(self.request, "path", "").startswith("/v1/messages"))
         self.request.error.to_response = lambda _: (status, headers, body)
         super().execute()
@@ -2546,6 +2591,7 @@ class Parser(HTTPRequestParser):
             super().parse_header(header_plus)
         except ValueError:
             raise ParsingError("Bad URI") from None
+        self.path: str = cast(Any, self).path or "/"  # or Flask would answer by a redirect
 
 
 class Channel(HTTPChannel):
@@ -2581,7 +2627,6 @@ class Server:
         self._break_off_at = math.inf  # monotonic: when running answers have had their time
         self._sockets: dict[int, Any] = {}  # all that waitress's loop looks at
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # a relay has two connections
-        forwarded = [f"x-forwarded-{name}" for name in ("for", "host", "proto", "port")]
         self._waitress = waitress.create_server(
             self.app,
             self._sockets,
@@ -2594,9 +2639,7 @@ class Server:
             max_request_body_size=settings.max_body_mb << 20,
             outbuf_high_watermark=1 << 20,  # what a slow reader may leave unread
             ident=None,
-            trusted_proxy=settings.trusted_proxy or "nobody",
-            trusted_proxy_headers=forwarded,
-            clear_untrusted_proxy_headers=False,  # nobody reads them
+            clear_untrusted_proxy_headers=False,  # Gate.wsgi_app looks at them
         )
         self._waitress.channel_class = Channel
 
@@ -2644,8 +2687,9 @@ def tell(text: str) -> None:
 
 
 # The first signal lets running answers end. A terminal, a shell or a service manager may send two
-# at once; a second one is what comes more than a second later.
+# at once; a second one is what comes more than a second later. What nohup ignores stays ignored.
 ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+ENDING = {name for name in ENDING if signal.getsignal(name) != signal.SIG_IGN}
 
 
 def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None:
@@ -2654,9 +2698,8 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
     # Of a process's threads one runs Python at a time; on one core it hands on to the next in half
     # the time. Each of several processes takes another one.
-    here = ctypes.CDLL(None).sched_getcpu()
-    cores = sorted(CORES, key=lambda core: (core < here, core))
-    run_on({cores[(number - 1) % len(cores)]})
+    first = os.getpid() if settings.processes == 1 else os.getppid()
+    run_on({sorted(CORES)[(first + number) % len(CORES)]})
     server = Server(settings, listening, number)
     ending_since = 0.0
 
@@ -2675,10 +2718,11 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     if number == 1:
         urls = ", ".join(upstream.url for upstream in server.app.upstreams)
-        start_one = f"none yet at {urls}\n          start one: vllm serve MODEL --port 8001"
+        port = urlsplit(server.app.upstreams[0].url).port or 80
+        start_one = f"none yet at {urls}\n          start one: vllm serve MODEL --port {port}"
         click.echo(f"""llmgate   {server.url}
 models    {", ".join(map(printable, server.app.upstreams.models())) or start_one}
-database  {sa.make_url(settings.database_url).render_as_string()}
+database  {sa.make_url(settings.database_url).set(query={}).render_as_string()}
 register  {how_to_register(server.url, settings)}""")
     server.run()
 
@@ -2702,7 +2746,6 @@ def start_gate(
 def serve_all(settings: Settings, listening: socket.socket) -> None:
     """Starts PROCESSES gates on one socket and looks after them: a dead one is replaced."""
     Gate(settings).database.close()  # makes the tables and the secret, while nobody else does
-    run_on({ctypes.CDLL(None).sched_getcpu()})  # they take this core and the next ones
     numbers: dict[int, int] = {}  # of the gates, by process id
     status = 0
     ending_since = 0.0
@@ -2757,9 +2800,10 @@ def cli(context: click.Context) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536), most))
         run = serve if settings.processes == 1 else serve_all
         return run(settings, bind(settings))
-    _, sqlite, path = settings.database_url.partition("sqlite:///")
-    if sqlite and command not in ("create-tables", "create-user") and not Path(path).exists():
-        raise click.ClickException(f"There is no database {path}; is this the gate's folder?")
+    url = sa.make_url(settings.database_url)
+    is_missing = url.drivername == "sqlite" and not Path(url.database or "").exists()
+    if is_missing and command not in ("create-tables", "create-user"):
+        raise click.ClickException(f"There is no database {url.database}; is this its folder?")
     context.with_resource(Gate(settings).app_context())
 
 
@@ -2815,7 +2859,7 @@ def users() -> None:
         used = user.tokens_used
         limit = user.token_limit
         state = "disabled" if user.disabled_at else ""
-        click.echo(f"{user.id:>5} {user.username[:24]:<24} {used:>13,} {limit:>13,} {state}")
+        click.echo(f"{user.id:>5} {user.username:<24} {used:>13,} {limit:>13,} {state}")
 
 
 @cli.command()
@@ -2876,9 +2920,10 @@ def reset_usage_command(name: str | None, everyone: bool) -> None:
     """Set the used tokens to 0; the rows stay, balanced by one more."""
     if bool(name) == everyone:
         raise click.UsageError("Give a NAME, or --all.")
-    for user in accounts(name):
-        with gate.database.begin() as execute:
-            reset_usage(execute, user.id)
+    found = accounts(name)
+    with gate.database.begin() as execute:
+        reset_usage(execute, found[0].id if name else 0)
+    for user in found:
         click.echo(f"{user.username} begins again at 0 tokens.")
 
 

@@ -70,6 +70,7 @@ with contextlib.suppress(ImportError):  # only the tests with PostgreSQL need it
     import psycopg
 
 pytestmark = pytest.mark.filterwarnings("error")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what is ignored here, gates would ignore, too
 
 with warnings.catch_warnings():  # there is no pytest.ini in which a mark could be registered
     warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
@@ -123,6 +124,7 @@ class Behaviour:
 BEHAVIOURS = {
     "ok": Behaviour(),
     "org/tiny": Behaviour(),
+    "/data/tiny": Behaviour(),  # as `vllm serve /data/tiny` calls it
     "slow": Behaviour(most=400, pace_s=0.05),
     "paced": Behaviour(most=50, pace_s=0.02),
     "spaced": Behaviour(most=4, pace_s=0.3),
@@ -2293,6 +2295,8 @@ BROKEN_FRAMINGS = [
     OK_200 + CHUNKED + b"4a\r\n" + WHOLE_ANSWER + b"\r\n" + b"1" * 200,
     OK_200 + CHUNKED + b"9" * 30 + b"\r\nhello",
     OK_200 + CHUNKED + b"-5\r\nhello",
+    OK_200 + CHUNKED + HALVES.removesuffix(b"0\r\n\r\n") + b"zz\r\n",
+    OK_200 + b"Content-Type: text/x;\r\n charset=utf-8\r\n" + LENGTH + WHOLE_ANSWER,
     b"+OK hello\r\n\r\n",
 ]
 
@@ -2596,7 +2600,7 @@ def test_models_are_listed_with_aliases_and_without_paths(make_gate: MakeGate) -
         assert set(model) == {"id", "object", "created", "owned_by", "max_model_len"}
     assert models["llm-user-managed"]["max_model_len"] == MAX_MODEL_LEN
     assert models["long"]["max_model_len"] == 131072
-    for name in ("ok", "org/tiny", "llm-user-managed"):
+    for name in ("ok", "org/tiny", "llm-user-managed", "/data/tiny"):
         one = call(gate, "GET", f"/v1/models/{name}", user.key)
         assert one.json() == models[name]
     assert_error(call(gate, "GET", "/v1/models/gpt-4", user.key), 404, "model_not_found")
@@ -2655,6 +2659,9 @@ def test_any_http_client_is_served(gate: Gate, user: User) -> None:
     reply = send_raw(gate, request)  # which reads until the end of the connection
     assert reply.status_code == 200
     assert reply.content == said_by_vllm(gate.upstream.asked()[-1])
+    for target in (b"http://localhost", b"?x"):  # without a path
+        reply = send_raw(gate, b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % target)
+        assert (reply.status_code, reply.headers["Content-Type"][:10]) == (200, "text/plain")
 
 
 TEXT = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]}\n\n'
@@ -2670,18 +2677,25 @@ DEEP = COUNT[:-1] + b',"prompt_tokens_details":{"cached":{"by":{"usage":null}}}}
 def test_only_a_400_that_names_the_option_ends_running_counts(
     make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unlucky first request changes nothing for others; and after a while it is tried again."""
+    """An unlucky first request changes nothing for others; and after a while it is tried again.
+
+    Nor does a request whose own words, which vLLM's error repeats, name the option.
+    """
     monkeypatch.setattr(llmgate, "RETRY_OPTION_S", 0.3)  # not to wait for 10 minutes
     words = [CONTEXT_ERROR, "stream_options: continuous_usage_stats is not permitted"]
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        if words and "continuous_usage_stats" in body["stream_options"]:
+        if "temperature" in body:
+            upstream.refuse(400, f"no number: {body['temperature']}", "BadRequestError", None)
+        elif words and "continuous_usage_stats" in body["stream_options"]:
             upstream.refuse(400, words.pop(0), "BadRequestError", None)
         else:
             upstream.say_events(TEXT, LAST, USAGE, DONE)
 
     with scripted_gate(make_gate, say) as gate:
         user = register(gate)
+        hostile = chat(gate, user.key, stream=True, temperature="continuous_usage_stats")
+        assert hostile.status_code == 400
         with chat(gate, user.key, stream=True) as answer:
             assert (answer.status_code, answer.json()["error"]["message"]) == (400, CONTEXT_ERROR)
         assert streamed(gate, user.key) == streamed(gate, user.key)
@@ -2689,7 +2703,7 @@ def test_only_a_400_that_names_the_option_ends_running_counts(
         assert streamed(gate, user.key)
         asked = [x.json()["stream_options"] for x in gate.upstream.asked()]
     wanted = ["continuous_usage_stats" in options for options in asked]
-    assert wanted == [True, True, False, False, True]
+    assert wanted == [True, False, True, True, False, False, True]
 
 
 STREAMS: dict[str, list[bytes]] = {
@@ -2877,6 +2891,8 @@ def test_thinking_budget_stays_below_the_bound(gate: Gate, user: User) -> None:
     answer = relay(gate, poor.key, "messages", body)
     refused("messages", answer, 429, "insufficient_quota")
     assert len(gate.upstream.asked()) == 4
+    assert chat(gate, poor.key, thinking=thinking, max_tokens=32_000).status_code == 200
+    assert gate.upstream.asked()[-1].json()["thinking"] == thinking  # a field like any other there
 
 
 def test_key_may_come_as_x_api_key(gate: Gate) -> None:
@@ -3479,10 +3495,14 @@ def test_what_no_model_sees_as_a_picture_counts_as_text(make_gate: MakeGate) -> 
 
 
 def test_batch_of_embeddings_counts_as_vllm_counts_it(make_gate: MakeGate) -> None:
-    """Token ids by their number, each text for itself: it is relayed, and booked exactly."""
+    """Token ids by their number, each text for itself: it is relayed, and booked exactly.
+
+    A text may be longer than the context, if vLLM reads it in chunks.
+    """
     ids: list[Any] = list(range(230))
     inputs = {1_000_000: ["word" * 230] * 1000, 300_000: [ids] * 1000, 300: ids}
-    counts = iter([230_000, 230_000, 230])
+    inputs[500_000] = "word" * 20_000
+    counts = iter([230_000, 230_000, 230, 20_000])
     with scripted_gate(make_gate, lambda up, _: up.say_whole(next(counts), 0, data=[])) as gate:
         for limit, asked in inputs.items():
             user = register(gate, token_limit=limit)
@@ -3490,7 +3510,7 @@ def test_batch_of_embeddings_counts_as_vllm_counts_it(make_gate: MakeGate) -> No
             assert answer.status_code == 200, answer.text
         gate.settle()
         rows = [(row.total, row.estimated) for row in gate.usage()]
-    assert sorted(rows) == [(230, 0), (230_000, 0), (230_000, 0)]
+    assert sorted(rows) == [(230, 0), (20_000, 0), (230_000, 0), (230_000, 0)]
 
 
 def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) -> None:
@@ -3515,12 +3535,39 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
         assert gate.tokens_used(rich) == 189_007  # all of it, though the prompt looked short
 
 
+MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answers, how many
+    ("chat/completions", {"n": 16, "messages": user_says("hi"), "user": "x" * 8110}, 16),
+    ("completions", {"prompt": ["word" * 200] * 50}, 50),
+    ("completions", {"prompt": [[1] * 200] * 50}, 50),
+    ("completions", {"prompt": "hi", "prompt_embeds": ["AAAA"] * 20}, 21),
+    ("chat/completions", {"n": 2, "n_predict": 7000}, 2),  # llama.cpp's own name for the bound
+]
+
+
+def test_all_answers_to_one_request_stay_within_the_quota(make_gate: MakeGate) -> None:
+    """Each has the context for itself: what a prompt takes of it does not bound the others."""
+    asked: list[int] = []
+
+    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
+        asked.append(max(body["max_tokens"], body.get("n_predict", 0)))
+        upstream.say_whole(10, 1)
+
+    with scripted_gate(make_gate, say) as gate:
+        for (endpoint, body, answers), limit in itertools.product(MANY, (12_000, 1_000_000)):
+            user = register(gate, token_limit=limit)
+            answer = relay(gate, user.key, endpoint, body_of(endpoint, most=8000) | body)
+            assert answer.status_code == 200, answer.text
+            assert answers < answers * asked[-1] <= limit, (endpoint, answers)
+            assert limit < 10**6 or asked[-1] > 500, (endpoint, answers)
+
+
 def test_counting_costs_vllm_no_more_than_answering(
     make_gate: MakeGate, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts to count are admitted like requests; who has nothing left costs nothing.
 
-    Of thousands in one request none is counted.
+    Of thousands in one request none is counted, nor of more than there are tokens left, nor the
+    rest of them when the caller has left.
     """
     monkeypatch.setattr(upstream, "count_s", 0.3)
     gate = make_gate(MAX_REQUESTS_PER_USER="3")
@@ -3531,9 +3578,16 @@ def test_counting_costs_vllm_no_more_than_answering(
     counts = [(x.opened_at, x.closed_at or 0) for x in upstream.exchanges if x.path == "/tokenize"]
     at_once = [sum(begun <= at < ended for begun, ended in counts) for at, _ in counts]
     assert 2 <= max(at_once) <= 3
-    batch = {"model": "ok", "input": ["a"] * 3000}
-    assert_error(relay(gate, user.key, "embeddings", batch), 429, "insufficient_quota")
-    assert len([x for x in upstream.exchanges if x.path == "/tokenize"]) == len(counts)
+    for size in (101, 3000):
+        batch = {"model": "ok", "input": ["a"] * size}
+        assert_error(relay(gate, user.key, "embeddings", batch), 429, "insufficient_quota")
+    assert [x.path for x in upstream.exchanges].count("/tokenize") == len(counts)
+    with connected(gate) as connection:
+        body = {"model": "ok", "input": ["a" * 60] * 90}
+        connection.sendall(raw_chat(user.key, body, "embeddings"))
+        wait_until(lambda: [x.path for x in upstream.exchanges].count("/tokenize") > len(counts))
+    wait_until(lambda: not gate.server.app.watcher.running)
+    assert [x.path for x in upstream.exchanges].count("/tokenize") < len(counts) + 9
     spend_all(gate, spent)
     before = len(upstream.exchanges)
     for _ in range(3):
@@ -3935,6 +3989,19 @@ def test_gate_that_is_told_to_end_lets_answers_end(
     assert gate.complaints() == []
 
 
+def test_nohup_keeps_the_gate_when_its_terminal_closes(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    """It lets the gate ignore SIGHUP."""
+    ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    gate = start_process(**customized(tmp_path / "nohup", ignored))
+    user = register(gate)
+    gate.process.send_signal(signal.SIGHUP)
+    over = after_seconds(0.3)
+    while not over():
+        assert chat(gate, user.key).status_code == 200
+
+
 def test_drain_ends_what_takes_too_long(gate: ThreadedGate) -> None:
     """A stream gets an error event, a plain request 503, and /health as well; all is booked."""
     user = register(gate)
@@ -4012,18 +4079,38 @@ def test_locked_database_is_waited_for(start_process: StartProcess) -> None:
 
 
 @contextlib.contextmanager
-def database_down(gate: Gate) -> Iterator[None]:
-    """PostgreSQL ends every connection to this database and takes no new one, as in a restart."""
+def database_altered(gate: Gate, change: str, back: str) -> Iterator[None]:
+    """PostgreSQL ends every connection to this database, and new ones are as the change says."""
     name = sqlalchemy.make_url(gate.database_url).database
     server = os.environ["LLMGATE_TEST_POSTGRES_URL"].replace("+psycopg", "")
     end_all = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+        connection.execute(f"ALTER DATABASE {name} {change}".encode())
         try:
             connection.execute(end_all.encode())
             yield
         finally:
-            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
+            connection.execute(f"ALTER DATABASE {name} {back}".encode())
+            connection.execute(end_all.encode())
+
+
+DOWN = ("ALLOW_CONNECTIONS false", "ALLOW_CONNECTIONS true")  # as in a restart
+READ_ONLY = ("SET default_transaction_read_only = on", "RESET default_transaction_read_only")
+
+
+def test_database_that_takes_no_writes_is_503(
+    postgres_env: dict[str, str], start_process: StartProcess, tmp_path: Path
+) -> None:
+    """As a standby of PostgreSQL; who only reads is served. A start says it in one line."""
+    gate = start_process(**postgres_env)
+    gate.expected_5xx = {503}
+    user = register(gate)
+    with database_altered(gate, *READ_ONLY):
+        for answer in (call(gate, "GET", "/health"), chat(gate, user.key)):
+            assert_error(answer, 503, "database_unavailable")
+        assert call(gate, "GET", "/users/usage", user.key).status_code == 200
+        assert "read-only" in refusal(tmp_path, 1, **postgres_env)
+    assert chat(gate, user.key).status_code == 200
 
 
 def test_database_that_was_away_needs_no_restart(
@@ -4045,7 +4132,7 @@ def test_database_that_was_away_needs_no_restart(
         wait_until(lambda: len(gate.upstream.asked()) == 3)
         expire_leases(gate)
         over = after_seconds(3)
-        with database_down(gate):
+        with database_altered(gate, *DOWN):
             for number in itertools.count():
                 began = time.monotonic()
                 for answer in (
@@ -4407,7 +4494,10 @@ def test_few_descriptors_are_no_spinning_loop(start_process: StartProcess, tmp_p
 
 
 def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProcess) -> None:
-    """31 MB: none without a key, with one it returns; more is refused, before its first byte."""
+    """31 MB: none without a key, with one it returns; more is refused, before its first byte.
+
+    The log tells of that, too, and no request fills it.
+    """
     gate = start_process(REGISTRATION="closed")
     made = run_command(gate, "create-user", "alice", "--token-limit", "50000000", stdin=PASSWORD)
     path, key, json_type = "/v1/chat/completions", made.split()[-1], "application/json"
@@ -4436,7 +4526,12 @@ def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProces
     begun = raw_request("POST", path, headers | {"Transfer-Encoding": "chunked"})
     assert_error(send_raw(gate, begun, *[chunk] * 33, b"0\r\n\r\n"), 413)
     filler = {f"X-Filler-{number}": "x" * 3000 for number in range(100)}
-    assert send_raw(gate, raw_request("GET", "/v1/models", filler)).status_code == 431
+    refused = send_raw(gate, raw_request("GET", "/v1/models", filler))
+    assert refused.status_code == 431
+    assert f"{refused.headers['X-Request-Id']} 127.0.0.1 431" in gate.log.read_text()
+    logged = gate.log.stat().st_size
+    assert_error(chat(gate, key, "x" * (1 << 20)), 404, "model_not_found")
+    assert gate.log.stat().st_size - logged < 5_000  # or some such requests were all that is there
     assert len(gate.upstream.asked()) == 1
     body = json.dumps(chat_body(messages=user_says("x" * (31 << 20))))
     for _ in range(2):
@@ -4745,7 +4840,8 @@ BAD_SETTINGS = """VLLM_ENDPOINT=not a url,PORT=http,DATABASE_URL=mysql://root@db
 JWT_SECRET_KEY=secret-marker-short,JWT_EXPIRATION_HOURS=0,DEFAULT_TOKEN_LIMIT=-5,PROCESSES=0,
 MAX_TOKEN_LIMIT=many,QUOTA_PERIOD=year,REGISTRATION=maybe,MODEL_ALIASES=no-equals-sign,
 MAX_REQUESTS_PER_USER=0,UPSTREAM_TIMEOUT=soon,MAX_BODY_MB=-1,OPENCODE_DISCOVERY=perhaps,
-PUBLIC_URL=http://[abc]/x,VLLM_ENDPOINT=http://a..b:8001,DATABASE_URL=sqlite:////no/such/x.db"""
+VLLM_API_KEY=schlüssel,TRUSTED_PROXY=cafe,ALLOWED_HOSTS=bücher.example,PUBLIC_URL=http://[abc]/x,
+VLLM_ENDPOINT=http://a..b:8001,DATABASE_URL=sqlite:////no/such/x.db"""
 
 
 def test_bad_setting_is_named_and_not_echoed() -> None:
@@ -4793,6 +4889,9 @@ def test_start_that_cannot_be_is_one_line(tmp_path: Path) -> None:
         (["PORT"], {"PORT": str(taken.getsockname()[1])}, ""),
         (["REGISTRATON", "REGISTRATION"], {}, "REGISTRATON=closed\n"),
         (["MODELS_ALIASES", "MODEL_ALIASES"], {}, "MODELS_ALIASES=my=ok\n"),
+        (["REGISTRATION=value"], {}, "THREADS=99\nREGISTRATION closed\n"),
+        (["REGISTRATION=value"], {}, "export REGISTRATION\n"),
+        (["REGISTRATION=value"], {}, 'REGISTRATION="closed\n'),
         (
             ["DATABASE_URL", "not a database"],
             {"DATABASE_URL": "sqlite:///.env"},
@@ -5235,6 +5334,9 @@ def test_forwarded_headers_count_only_from_the_proxy(make_gate: MakeGate) -> Non
         answer = call(gate, "GET", "/opencode.json", register(gate).key, headers=headers)
         (provider,) = answer.json()["provider"].values()
         assert provider["options"]["baseURL"] == (url or f"{gate.url}/v1")
+        bad = {"X-Forwarded-Host": '"x', "X-Forwarded-Proto": "https,http", "X-Forwarded-For": "?"}
+        answer = call(gate, "GET", "/users/me", headers=bad)
+        assert_error(answer, 401)
 
 
 @pytest.fixture
