@@ -71,6 +71,8 @@ with contextlib.suppress(ImportError):  # only the tests with PostgreSQL need it
 
 pytestmark = pytest.mark.filterwarnings("error")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what is ignored here, gates would ignore, too
+ROUNDS = llmgate.BCRYPT_ROUNDS
+llmgate.BCRYPT_ROUNDS = 4  # of gates in this process, or 300 passwords would take 18 seconds
 
 with warnings.catch_warnings():  # there is no pytest.ini in which a mark could be registered
     warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
@@ -1192,6 +1194,7 @@ class ThreadedGate(Gate):
         """Begin to stop it, as SIGTERM does, in the middle of a test."""
         self.stopped = True
         self.server.drain(grace_s)
+        socket.create_connection(self.address).close()  # wakes it
 
     def stop(self) -> None:
         """Drain it, unless the test did; nothing of it may be left."""
@@ -1392,9 +1395,10 @@ def start_two(
     start_process: StartProcess, env: dict[str, str], tmp_path: Path
 ) -> tuple[ProcessGate, ProcessGate]:
     """Start two gates side by side, each in a directory of its own."""
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    return start_process(tmp_path / "one", **env), start_process(tmp_path / "two", **env)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    one, two = in_parallel(2, lambda number: start_process(tmp_path / str(number), **env))
+    return one, two
 
 
 @contextlib.contextmanager
@@ -1899,8 +1903,11 @@ def test_bad_body_is_refused_by_every_call(gate: Gate, user: User) -> None:
     assert [x.json() for x in gate.upstream.asked()] == [chat_body()]
 
 
-def test_unknown_name_and_wrong_password_look_the_same(gate: Gate) -> None:
+def test_unknown_name_and_wrong_password_look_the_same(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same answer in the same time, so that names cannot be guessed."""
+    monkeypatch.setattr(llmgate, "BCRYPT_ROUNDS", ROUNDS)
     bodies = set()
 
     def seconds(name: str) -> float:
@@ -4724,6 +4731,7 @@ def test_files_are_private_and_hold_no_secret(start_process: StartProcess, tmp_p
     assert {"llmgate.secret", "server.log"} < set(made)
     gate.secrets |= {JWT_SECRET, (tmp_path / "llmgate.secret").read_text().strip()}
     stored = "".join(str(gate.rows(f"SELECT * FROM {name}")) for name in TABLES)
+    assert f"'$2b${ROUNDS}$" in stored and ROUNDS >= 10  # OWASP's least
     assert [secret for secret in gate.secrets if secret in stored] == []
     gate.stop()
     gate.check_output(gate.output, gate.errors)
@@ -4795,12 +4803,12 @@ def test_mixed_load_leaves_the_books_right(shared_env: dict[str, str], make_gate
     gate = make_gate(**shared_env)
     limits = [600, 3000, 20_000, 1_000_000, 1_000_000]
     users = [register(gate, token_limit=limit) for limit in limits]
-    mixed_load(gate, users, workers=12, until=after_requests(250))
+    mixed_load(gate, users, workers=12, until=after_requests(150))
     gate.settle(5)
     counted = gate.upstream.tokens()
     exact = [row for row in gate.usage() if not row.estimated]
     assert sum(row.total for row in exact) == sum(counted.get(row.request_id, 0) for row in exact)
-    assert len(exact) > 90
+    assert len(exact) > 50
     for user, limit in zip(users, limits, strict=True):
         assert 0 < gate.tokens_used(user) <= limit
     report = call(gate, "GET", "/users/usage", login(gate, users[0])).json()
@@ -5040,7 +5048,7 @@ COMMANDS = [
     "create-tables", "create-user", "users", "usage", "set-limit", "reset-usage", "disable", "enable",
     "set-password", "check", "keys",
 ]  # fmt: skip
-COMMANDS_FOR_LATER = ["users", "usage", "set-limit bob 5", "reset-usage --all", "check", "keys bob"]
+COMMANDS_FOR_LATER = ["users", "reset-usage --all", "keys bob"]
 
 
 def outputs(directory: Path, env: Mapping[str, str], asked: dict[str, int]) -> list[str]:
