@@ -2486,8 +2486,7 @@ def load_secret(settings: Settings, database: Database) -> str:
 SQLITE = {"isolation_level": None, "check_same_thread": False, "timeout": DB_TIMEOUT_S}
 LIBPQ = {"connect_timeout": DB_TIMEOUT_S, "tcp_user_timeout": DB_TIMEOUT_S * 1000}
 LIBPQ |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2}
-POOL = {"pool_timeout": DB_TIMEOUT_S, "pool_size": 32, "max_overflow": 32, "hide_parameters": True}
-POOL["pool_use_lifo"] = True  # the connection that was used last has its pages at hand
+POOL = {"pool_timeout": DB_TIMEOUT_S, "pool_size": 32, "max_overflow": 32, "pool_use_lifo": True}
 
 
 class Gate(Flask):

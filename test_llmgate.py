@@ -1,6 +1,6 @@
 """The tests of llmgate: the real server on a socket, a stand-in vLLM on a socket, no mocks.
 
-    pytest -q                                       all tests but the soak, in three to four minutes
+    pytest -q                                       all tests but the soak, in three minutes
     pytest -q -m soak                               ten minutes of mixed load
     python test_llmgate.py upstream [PORT]          the stand-in alone, for trying llmgate
                                                     without a model (PORT is 8001 if not given)
