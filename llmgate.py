@@ -58,6 +58,7 @@ import requests
 import sqlalchemy as sa
 import waitress
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from flask import Blueprint, Flask, Response, current_app, g, request
 from flask_sqlalchemy import SQLAlchemy
 from waitress.channel import HTTPChannel
@@ -191,12 +192,16 @@ def complete_settings(values: JSONObject) -> None:
         raise SettingsError("REGISTRATION_TOKEN must be set when REGISTRATION is invite")
     if values["default_token_limit"] > values["max_token_limit"]:
         raise SettingsError("DEFAULT_TOKEN_LIMIT must be MAX_TOKEN_LIMIT or less")
-    if values["database_url"].startswith("sqlite"):
-        path = Path(sa.make_url(values["database_url"]).database or "").absolute()
+    try:
+        url = sa.make_url(values["database_url"])
+    except (ValueError, sa.exc.ArgumentError):
+        raise SettingsError("DATABASE_URL must be a database's URL") from None
+    if url.drivername == "sqlite":
+        path = Path(url.database or "").absolute()
         if not path.parent.is_dir():
             raise SettingsError("DATABASE_URL must name a file in a folder that exists")
         # Flask-SQLAlchemy would look for it elsewhere.
-        values["database_url"] = sa.URL.create("sqlite", database=str(path)).render_as_string()
+        values["database_url"] = url.set(database=str(path)).render_as_string()
     elif not values["jwt_secret_key"]:
         raise SettingsError("JWT_SECRET_KEY must be set beside PostgreSQL, alike for all gates")
     local = re.fullmatch(r"localhost|::1|127\..*", values["host"])
@@ -220,16 +225,16 @@ def host_name(host: str) -> str:
 def read_dotenv(path: Path) -> dict[str, str]:
     """The variables of .env; SettingsError for a misspelt name; hides a file that has secrets."""
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError):
         raise SettingsError(".env must be a text file in UTF-8 that the gate may read") from None
-    logging.getLogger("dotenv").setLevel(logging.ERROR)  # a line that it skips is told here
-    values = dotenv_values(stream=io.StringIO(text))
-    found = {name: value for name, value in values.items() if value is not None}
     known = [item.name.upper() for item in fields(Settings)]
-    for name in re.findall(r"(?m)^\s*(?:export\s+)?(\w+)", text):
-        if name in known and name not in found:
-            raise SettingsError(f"{name} in .env must be written as {name}=value")
+    for line in parse_stream(io.StringIO(text)):
+        if line.error or (line.key in known and line.value is None):
+            number = line.original.line
+            raise SettingsError(f"Line {number} of .env must be written as NAME=value")
+    values = dotenv_values(stream=io.StringIO(text))
+    found = {name: value or "" for name, value in values.items()}
     for name in found:
         near = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.8)
         if near and name not in known and not name.startswith("LLMGATE_"):
@@ -337,7 +342,7 @@ class APIError(Exception):
 
 def words_of(error: BaseException) -> str:
     """An exception in one line for the log, a database's without the values of its rows."""
-    diagnosis = getattr(error, "diag", None)
+    diagnosis = getattr(getattr(error, "orig", None) or error, "diag", None)
     text = getattr(diagnosis, "message_primary", None)  # PostgreSQL's other lines show rows
     return f"{type(error).__name__}: {str(text or error).strip().partition(chr(10))[0][:300]}"
 
@@ -484,7 +489,7 @@ class Database:
         away = (driver.OperationalError, driver.InterfaceError, driver.InternalError)
         try:
             yield
-        except (*away, sa.exc.TimeoutError) as error:
+        except (*away, sa.exc.OperationalError, sa.exc.TimeoutError) as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR":
                 raise  # our own SQL is wrong
             raise APIError("database_unavailable", reason=words_of(error)) from None
@@ -737,11 +742,11 @@ RENDERED = """model messages tools chat_template chat_template_kwargs add_genera
 READ = "model messages system tools tool_choice thinking"
 COUNT_TOKENS = ("/v1/messages/count_tokens", "input_tokens")
 RENDER = ("/v1/responses/render", "token_ids")
-CHAT_BOUNDS = ("max_tokens", "max_completion_tokens", "n_predict")  # the last is llama.cpp's
+CHAT_BOUNDS = ("max_tokens", "max_completion_tokens")
 PROTOCOLS = {
     "chat/completions": Protocol(CHAT_BOUNDS, counted=RENDERED, reports=True),
     "completions": Protocol(("max_tokens",), "prompt", upstream_ids="cmpl-{0}-{1}", reports=True),
-    "embeddings": Protocol((), "input"),
+    "embeddings": Protocol((), "input", upstream_ids="embd-{0}-{1}"),
     "messages": Protocol(("max_tokens",), "", COUNT_TOKENS, READ, in_context=True),
     "responses": Protocol(("max_output_tokens",), "", RENDER, "", "resp_{0}_0", in_context=True),
 }
@@ -816,6 +821,7 @@ class Claim:
         """Of a body, and of its bytes as they came; 400."""
         self.body = body
         self.protocol = PROTOCOLS[endpoint]
+        unbounded = context or UNKNOWN_CONTEXT
         if not self.protocol.bounds:  # of embeddings vLLM may read more, in chunks
             context = None
         self.context = context
@@ -823,7 +829,6 @@ class Claim:
         n = whole_number(body, "n", 1, 16) or 1
         self.choices = len(self.prompts) * (n if self.protocol.reports else 1)
         asked = [whole_number(body, name, 0) for name in self.protocol.bounds]
-        unbounded = context or UNKNOWN_CONTEXT
         most = unbounded if self.protocol.bounds else 0
         # What one choice may write: as asked for, or up to the model's context.
         self.output_bound = max((number for number in asked if number is not None), default=most)
@@ -833,7 +838,7 @@ class Claim:
         pictures, others, data_bytes = media_in(body) if MEDIA_WORD.search(raw) else (0, 0, 0)
         text_bytes = len(raw) - data_bytes
         self.prompt_bound = text_bytes + TEMPLATE_TOKENS  # an upper bound
-        of_picture = unbounded if "mm_processor_kwargs" in body else PICTURE_TOKENS
+        of_picture = unbounded if "mm_processor_kwargs" in body else min(PICTURE_TOKENS, unbounded)
         self.prompt_bound += pictures * of_picture + others * unbounded
         estimate = text_bytes // 4 + (pictures + others) * PICTURE_ESTIMATE
         # vLLM may read messages and prompt_embeds in completions and embeddings, too.
@@ -909,7 +914,9 @@ class Claim:
         too_high = any(body[name] > limit for name in given)
         if granted >= self.output_bound and not too_high:
             return
-        prompt = self.estimate // len(self.prompts)
+        prompt = self.estimate
+        if len(self.prompts) > 1:  # the longest; a text has fewer tokens than characters
+            prompt = max(len(x) for x in self.prompts if isinstance(x, str | list))
         most = min(granted, max(context - prompt, 1)) if context else granted
         for name in given or self.protocol.bounds[:1]:
             body[name] = min(body.get(name) or most, most)
@@ -1593,9 +1600,9 @@ DRAINING = "the gate is stopping"
 COMMENT = b": keep-alive\n\n"  # of SSE; clients and proxies take it for a sign of life
 
 
-# They touch other users, or hide tokens from the meter.
+# They touch other users, hide tokens from the meter, or pass the bound (n_predict of llama.cpp).
 REFUSED = """priority request_id kv_transfer_params ec_transfer_params vllm_xargs stream_interval
- use_beam_search"""
+ use_beam_search n_predict"""
 REFUSED_OF_RESPONSES = " store background previous_response_id previous_input_messages"
 READ_FIELDS = (
     ("model", str, "the name of a model"),
@@ -2672,8 +2679,9 @@ class Server:
         running = list(self.app.watcher.running)
         for relay in running if late_s > 0 else ():
             relay.stop(DRAINING)
-            if late_s > 5 and relay.meter:  # its caller does not read; one without a row is told
-                relay.end("error", DRAINING)
+            # Its caller does not read; one without a row is told.
+            if late_s > 5 and relay.meter and not relay.ended.is_set():
+                threading.Thread(target=relay.end, args=("error", DRAINING), daemon=True).start()
         channels = list(self._waitress.active_channels.values())
         busy = running or any(c.requests or c.total_outbufs_len for c in channels)
         return self.app.watcher.draining and (late_s > 8 or not busy)
@@ -2687,8 +2695,8 @@ def tell(text: str) -> None:
 
 # The first signal lets running answers end. A terminal, a shell or a service manager may send two
 # at once; a second one is what comes more than a second later. What nohup ignores stays ignored.
-ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-ENDING = {name for name in ENDING if signal.getsignal(name) != signal.SIG_IGN}
+ENDING = {signal.SIGTERM}
+ENDING |= {x for x in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN}
 
 
 def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None:

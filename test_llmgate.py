@@ -2552,10 +2552,11 @@ def test_vllm_gets_what_was_sent_but_nothing_of_its_sender(gate: Gate, user: Use
 
 
 HARMFUL = ["kv_transfer_params", "ec_transfer_params", "vllm_xargs"]  # in every protocol
+OF_TEXT = ["priority", "request_id", "stream_interval", "use_beam_search", "n_predict"]
 STORED = ["previous_response_id", "previous_input_messages", "request_id"]  # without an owner
 REFUSED_FIELDS = {  # whatever their value, but for null
-    "chat/completions": [*HARMFUL, "priority", "request_id", "stream_interval", "use_beam_search"],
-    "completions": [*HARMFUL, "priority", "request_id", "stream_interval", "use_beam_search"],
+    "chat/completions": [*HARMFUL, *OF_TEXT],
+    "completions": [*HARMFUL, *OF_TEXT],
     "embeddings": [*HARMFUL, "priority", "request_id"],
     "messages": HARMFUL,
     "responses": HARMFUL + STORED,
@@ -3547,7 +3548,7 @@ MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answ
     ("completions", {"prompt": ["word" * 200] * 50}, 50),
     ("completions", {"prompt": [[1] * 200] * 50}, 50),
     ("completions", {"prompt": "hi", "prompt_embeds": ["AAAA"] * 20}, 21),
-    ("chat/completions", {"n": 2, "n_predict": 7000}, 2),  # llama.cpp's own name for the bound
+    ("completions", {"prompt": [[1], [1] * 8000], "max_tokens": None}, 2),
 ]
 
 
@@ -3556,7 +3557,7 @@ def test_all_answers_to_one_request_stay_within_the_quota(make_gate: MakeGate) -
     asked: list[int] = []
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        asked.append(max(body["max_tokens"], body.get("n_predict", 0)))
+        asked.append(body.get("max_tokens") or MAX_MODEL_LEN)
         upstream.say_whole(10, 1)
 
     with scripted_gate(make_gate, say) as gate:
@@ -3565,7 +3566,9 @@ def test_all_answers_to_one_request_stay_within_the_quota(make_gate: MakeGate) -
             answer = relay(gate, user.key, endpoint, body_of(endpoint, most=8000) | body)
             assert answer.status_code == 200, answer.text
             assert answers < answers * asked[-1] <= limit, (endpoint, answers)
-            assert limit < 10**6 or asked[-1] > 500, (endpoint, answers)
+            longest = max(map(len, body.get("prompt", [""])))
+            assert limit < 10**6 or 500 < asked[-1] or longest == 8000, (endpoint, answers)
+            assert limit > 12_000 or asked[-1] + longest <= MAX_MODEL_LEN, (endpoint, answers)
 
 
 def test_counting_costs_vllm_no_more_than_answering(
@@ -4897,9 +4900,9 @@ def test_start_that_cannot_be_is_one_line(tmp_path: Path) -> None:
         (["PORT"], {"PORT": str(taken.getsockname()[1])}, ""),
         (["REGISTRATON", "REGISTRATION"], {}, "REGISTRATON=closed\n"),
         (["MODELS_ALIASES", "MODEL_ALIASES"], {}, "MODELS_ALIASES=my=ok\n"),
-        (["REGISTRATION=value"], {}, "THREADS=99\nREGISTRATION closed\n"),
-        (["REGISTRATION=value"], {}, "export REGISTRATION\n"),
-        (["REGISTRATION=value"], {}, 'REGISTRATION="closed\n'),
+        (["Line 2 of .env"], {}, "THREADS=99\nREGISTRATION closed\n"),
+        (["Line 1 of .env"], {}, "export REGISTRATION\n"),
+        (["Line 1 of .env"], {}, 'REGISTRATION="closed\n'),
         (
             ["DATABASE_URL", "not a database"],
             {"DATABASE_URL": "sqlite:///.env"},
