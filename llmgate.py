@@ -915,8 +915,8 @@ class Claim:
         if granted >= self.output_bound and not too_high:
             return
         prompt = self.estimate
-        if len(self.prompts) > 1:  # the longest; a text has fewer tokens than characters
-            prompt = max(len(x) for x in self.prompts if isinstance(x, str | list))
+        if len(self.prompts) > 1:  # the longest one's ids or characters
+            prompt = max((len(x) for x in self.prompts if isinstance(x, str | list)), default=0)
         most = min(granted, max(context - prompt, 1)) if context else granted
         for name in given or self.protocol.bounds[:1]:
             body[name] = min(body.get(name) or most, most)

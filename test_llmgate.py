@@ -3569,6 +3569,9 @@ def test_all_answers_to_one_request_stay_within_the_quota(make_gate: MakeGate) -
             longest = max(map(len, body.get("prompt", [""])))
             assert limit < 10**6 or 500 < asked[-1] or longest == 8000, (endpoint, answers)
             assert limit > 12_000 or asked[-1] + longest <= MAX_MODEL_LEN, (endpoint, answers)
+        no_prompts = {"prompt": [True, None]}  # which vLLM refuses
+        key, body = register(gate, token_limit=12_000).key, body_of("completions", most=8000)
+        assert relay(gate, key, "completions", body | no_prompts).status_code == 200
 
 
 def test_counting_costs_vllm_no_more_than_answering(
@@ -4111,8 +4114,17 @@ READ_ONLY = ("SET default_transaction_read_only = on", "RESET default_transactio
 def test_database_that_takes_no_writes_is_503(
     postgres_env: dict[str, str], start_process: StartProcess, tmp_path: Path
 ) -> None:
-    """As a standby of PostgreSQL; who only reads is served. A start says it in one line."""
+    """As a standby of PostgreSQL; who only reads is served. A start says it in one line.
+
+    So it does when PostgreSQL does not take the URL, which nobody sees a password of.
+    """
+    url = sqlalchemy.make_url(postgres_env["DATABASE_URL"])
+    odd = url.update_query_dict({"odd": "x"}).render_as_string(hide_password=False)
+    assert "odd" in refusal(tmp_path, **postgres_env | {"DATABASE_URL": odd})
+    url = url.update_query_dict({"password": "password-marker-77"})
+    postgres_env["DATABASE_URL"] = url.render_as_string(hide_password=False)
     gate = start_process(**postgres_env)
+    gate.secrets.add("password-marker-77")
     gate.expected_5xx = {503}
     user = register(gate)
     with database_altered(gate, *READ_ONLY):
@@ -4852,7 +4864,8 @@ JWT_SECRET_KEY=secret-marker-short,JWT_EXPIRATION_HOURS=0,DEFAULT_TOKEN_LIMIT=-5
 MAX_TOKEN_LIMIT=many,QUOTA_PERIOD=year,REGISTRATION=maybe,MODEL_ALIASES=no-equals-sign,
 MAX_REQUESTS_PER_USER=0,UPSTREAM_TIMEOUT=soon,MAX_BODY_MB=-1,OPENCODE_DISCOVERY=perhaps,
 VLLM_API_KEY=schlüssel,TRUSTED_PROXY=cafe,ALLOWED_HOSTS=bücher.example,PUBLIC_URL=http://[abc]/x,
-VLLM_ENDPOINT=http://a..b:8001,DATABASE_URL=sqlite:////no/such/x.db"""
+VLLM_ENDPOINT=http://a..b:8001,DATABASE_URL=sqlite:////no/such/x.db,
+DATABASE_URL=postgresql+psycopg://x@secret-marker:y/z"""
 
 
 def test_bad_setting_is_named_and_not_echoed() -> None:
