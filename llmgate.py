@@ -1315,15 +1315,11 @@ def upstream_errors(code: str) -> Iterator[None]:
     except (TimeoutError, requests.Timeout) as error:
         raise APIError("upstream_timeout", reason=words_of(error)) from None
     except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
-        why = "it broke the connection off"
-        raise APIError(code, why=why, reason=words_of(error)) from None
+        raise APIError(code, why="it broke the connection off", reason=words_of(error)) from None
 
 
 class Exchange(io.RawIOBase):
-    """A connection to a server, and a request's exchange on it: what http.client reads from.
-
-    What breaks off or makes no sense is a 502, what is silent for too long a 504.
-    """
+    """A connection to a server, and a request's exchange on it: what http.client reads from."""
 
     response: http.client.HTTPResponse
 
@@ -1331,15 +1327,13 @@ class Exchange(io.RawIOBase):
         """Connects; OSError."""
         parts = urlsplit(url)
         place = (parts.hostname or "", parts.port or (443 if tls else 80))
-        self._host = parts.netloc
         self._sock = socket.create_connection(place, CONNECT_TIMEOUT_S)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls:
             self._sock = tls.wrap_socket(self._sock, server_hostname=parts.hostname)
-        self.on_silence: Callable[[], None] | None = None  # called after each PING_S of it
         self._timeout_s = timeout_s
         self._waits = math.ceil(timeout_s / PING_S)
-        self._wait_s = timeout_s / self._waits
+        self.on_silence: Callable[[], object] = lambda: None  # called after each PING_S of it
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """http.client's reader of an answer."""
@@ -1351,56 +1345,51 @@ class Exchange(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Bytes that have come; TimeoutError."""
-        waits = 0
-        while True:
-            try:
+        for silences in range(self._waits):
+            if silences:
+                with suppress(Exception):  # the caller has gone, as the watcher will see
+                    self.on_silence()
+            with suppress(TimeoutError):
                 return self._sock.recv_into(buffer)
-            except TimeoutError:
-                waits += 1
-                if waits == self._waits:
-                    raise TimeoutError("nothing came") from None
-                if self.on_silence:
-                    with suppress(Exception):  # the caller has gone, as the watcher will see
-                        self.on_silence()
+        raise TimeoutError("nothing came")
 
     def close(self) -> None:
         """Nothing: the reader calls it at an answer's end, and the connection may be kept."""
 
     def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """Sends a request and waits for the answer's status and headers."""
-        lines = [f"POST {path} HTTP/1.1", f"Host: {self._host}", f"Content-Length: {len(body)}"]
+        """Sends a request and waits for the answer's status and headers; 502, 504."""
+        lines = [f"POST {path} HTTP/1.1", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         with upstream_errors("upstream_error"):
             self._sock.settimeout(self._timeout_s)
             self._sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-            self._sock.settimeout(self._wait_s)
+            self._sock.settimeout(self._timeout_s / self._waits)
             self.response = http.client.HTTPResponse(cast(Any, self), method="POST")
             self.response.begin()
-            if self.response.length is None and "content-length" in self.response.headers:
-                raise ValueError("a Content-Length that is no number")
-            if any("\n" in value for value in self.response.headers.values()):
-                raise ValueError("a header of several lines")
+            answered = self.response.headers
+            has_bad_length = self.response.length is None and "content-length" in answered
+            if has_bad_length or any("\n" in value for value in answered.values()):
+                raise ValueError("headers that make no sense")
 
     def pieces(self) -> Iterator[bytes]:
-        """The body as it arrives."""
+        """The body as it arrives, up to 100 chunks that came together at a time; 502, 504."""
         response = self.response
+        chunks: list[bytes] = []
         with upstream_errors("upstream_error"):
-            while not response.isclosed() and response.length != 0:
-                # Up to 100 chunks that came together at a time: 3.5 times the events in a burst.
-                # Behind a chunk's data the reader holds the end of its line, and what came after.
-                pieces = [response.read1(65536)]
-                broken = None
-                try:
-                    while pieces[-1] and len(pieces) < 100 and response.chunked:
-                        if not response.fp.peek(1).lstrip():
-                            break
-                        pieces.append(response.read1(65536))
-                except (OSError, ValueError, http.client.HTTPException) as error:
-                    broken = error
-                if pieces[0]:
-                    yield b"".join(pieces)
-                if broken:
-                    raise broken
+            try:
+                while chunk := response.read1(65536):
+                    chunks.append(chunk)
+                    # The reader holds the end of the chunk's line, and what came behind it.
+                    more = response.chunked and response.fp.peek(1).lstrip()
+                    if not more or len(chunks) == 100:
+                        yield b"".join(chunks)
+                        chunks = []
+            except Exception:
+                if chunks:  # they came before the fault
+                    yield b"".join(chunks)
+                raise
+            if chunks:  # they came with the end
+                yield b"".join(chunks)
             if response.length:
                 raise ValueError("the body is shorter than its Content-Length")
 
@@ -1420,13 +1409,6 @@ class Exchange(io.RawIOBase):
         self._sock.close()
 
 
-def context_of(entry: JSONObject) -> JSONObject:
-    """{"max_model_len": tokens of the context}: vLLM's own, or llama.cpp's n_ctx; {}: not told."""
-    meta = entry.get("meta")
-    known = entry.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else 0)
-    return {"max_model_len": known} if type(known) is int and known > 0 else {}
-
-
 class Upstream:
     """One model server: what it serves, what is known of its ways, its idle connections."""
 
@@ -1434,94 +1416,90 @@ class Upstream:
         self.url = url
         self._timeout_s = settings.upstream_timeout
         self._tls = ssl.create_default_context() if url.startswith("https") else None
-        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        self.headers = {"Host": urlsplit(url).netloc, "Content-Type": "application/json"}
+        self.headers["Accept-Encoding"] = "identity"
         if settings.vllm_api_key:
             self.headers["Authorization"] = f"Bearer {settings.vllm_api_key}"
         self.session = requests.Session()  # for the gate's own calls
         self.session.trust_env = False
         paths = ssl.get_default_verify_paths()  # the system's, as for relayed requests
         self.session.verify = paths.cafile or paths.capath or True
-        self.models: dict[str, JSONObject] = {}  # id: its entry in /v1/models
-        self.up = False
-        self.why_down = ""
-        self._idle: list[Exchange] = []
+        self.models: dict[str, JSONObject] = {}  # id: what callers may see of its entry
+        self.why_down = "not asked yet"  # "" while it is up
+        self.idle: list[Exchange] = []  # kept, for 0.4 ms less at the next request
         self.no_aborts_until = 0.0  # monotonic: it has refused abort_requests
         self.no_running_counts_until: dict[str, float] = {}  # model: likewise
 
     def connect(self) -> Exchange | None:
-        """A connection, new or kept; None: the server is down, and `why_down` says why."""
-        with suppress(IndexError):  # none is there, or another thread was quicker
-            while True:
-                kept = self._idle.pop()
-                if kept.is_idle():
-                    return kept
-                kept.hang_up()
+        """A connection, kept or new; None: the server is down, and `why_down` says why."""
+        with suppress(IndexError):  # none is kept
+            kept = self.idle.pop()
+            if kept.is_idle():
+                return kept
+            kept.hang_up()
         try:
             return Exchange(self.url, self._tls, self._timeout_s)
         except OSError as error:
             self.mark_down(words_of(error))
             return None
 
-    def keep(self, exchange: Exchange) -> None:
-        """Keeps the connection of a whole answer: 0.4 ms less for the next request."""
-        if exchange.response.status != 200 or exchange.response.will_close:
-            exchange.hang_up()
-        else:
-            exchange.response.close()
-            self._idle.append(exchange)
-
     def close_idle(self) -> None:
         """Closes the connections that are kept; vLLM would do so after 5.0 s."""
         with suppress(IndexError):
             while True:
-                self._idle.pop().hang_up()
+                self.idle.pop().hang_up()
 
     def mark_down(self, why: str) -> None:
         """The server is not there: who comes back may be another one."""
-        if self.up or why != self.why_down:
+        if why != self.why_down:
             log.warning("%s is down: %s", self.url, why)
-        self.up = False
         self.why_down = why
         self.no_aborts_until = 0.0
         self.no_running_counts_until = {}
 
-    def call(self, path: str, body: bytes | None = None, wait_s: float = 2) -> requests.Response:
-        """A GET or a POST of the gate's own; 502, 504."""
-        times = (CONNECT_TIMEOUT_S, wait_s)
-        options: JSONObject = {"headers": self.headers, "timeout": times, "allow_redirects": False}
-        method = "POST" if body else "GET"
+    def call(self, path: str, body: JSONObject | None = None, wait_s: int = 2) -> requests.Response:
+        """A GET or, with a body, a POST of the gate's own; 502, 504."""
+        options: JSONObject = {"timeout": (CONNECT_TIMEOUT_S, wait_s), "allow_redirects": False}
+        options |= {"headers": self.headers, "data": to_json(body) if body else None}
         with upstream_errors("upstream_unavailable"):
-            return self.session.request(method, self.url + path, data=body, **options)
+            return self.session.request("POST" if body else "GET", self.url + path, **options)
 
     def get_object(self, path: str, body: JSONObject | None = None, wait_s: int = 2) -> JSONObject:
         """The JSON object that a call brings; {} for anything else. 502, 504."""
-        answer = self.call(path, to_json(body) if body else None, wait_s)
+        answer = self.call(path, body, wait_s)
         value = parse_json(answer.content)
         return value if answer.status_code == 200 and isinstance(value, dict) else {}
 
     def refresh(self) -> None:
         """Fetches the list of models; a slow answer leaves the list as it was."""
         try:
-            entries = self.get_object("/v1/models").get("data")
+            entries = self.get_object("/v1/models")["data"]
+            self.models = {x["id"]: public_entry(x) for x in entries if utf8(x["id"])}
         except APIError as error:
-            if not self.up or error.code != "upstream_timeout":
+            if self.why_down or error.code != "upstream_timeout":
                 self.mark_down(error.for_log)
-            return
-        if not isinstance(entries, list):
-            return self.mark_down("it answers /v1/models without a list of models")
-        models = [entry for entry in entries if isinstance(entry, dict) and utf8(entry.get("id"))]
-        self.models = {entry["id"]: entry | context_of(entry) for entry in models}
-        if not self.up:
-            log.info("%s is up: %s", self.url, ", ".join(self.models))
-        self.up = True
+        except (KeyError, TypeError):
+            self.mark_down("it answers /v1/models without a list of models")
+        else:
+            if self.why_down:
+                log.info("%s is up: %s", self.url, ", ".join(self.models))
+            self.why_down = ""
 
     def abort(self, upstream_ids: list[str]) -> None:
         """Tells vLLM to end these requests; that it has refused is remembered for a while."""
         with suppress(APIError):
-            asked = to_json({"request_ids": upstream_ids})
-            answer = self.call("/inference/v1/abort_requests", asked)
+            answer = self.call("/inference/v1/abort_requests", {"request_ids": upstream_ids})
             if answer.status_code in (403, 404, 405):
                 self.no_aborts_until = time.monotonic() + RETRY_OPTION_S
+
+
+def public_entry(entry: JSONObject) -> JSONObject:
+    """A model as callers may see it; not its `root`, a path. llama.cpp tells the context as n_ctx."""
+    names = ("id", "object", "created", "owned_by")
+    meta = entry.get("meta")
+    context = entry.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else 0)
+    told = {"max_model_len": context} if type(context) is int and context > 0 else {}
+    return {name: entry[name] for name in names if name in entry} | told
 
 
 class Upstreams(list[Upstream]):
@@ -1548,13 +1526,13 @@ class Upstreams(list[Upstream]):
 
         An old list is refreshed in the background, at once what nobody knows yet.
         """
-        if not any(server.up for server in self):
+        if all(server.why_down for server in self):
             self.refresh()
         elif time.monotonic() - self._refreshed_at > MODELS_TTL_S and not self._refreshing.locked():
             threading.Thread(target=self.refresh, daemon=True).start()
         found: dict[str, JSONObject] = {}
         for server in self:
-            for name, entry in server.models.items() if server.up else ():
+            for name, entry in server.models.items() if not server.why_down else ():
                 found.setdefault(name, entry)
         return found
 
@@ -1570,24 +1548,23 @@ class Upstreams(list[Upstream]):
         for alias in self.aliases:
             real = self.resolve(alias)
             if real in models:
-                models[alias] = {**models[real], "id": alias}
-        keys = ("id", "object", "created", "owned_by", "max_model_len")  # not root, a path
-        return {name: {k: e[k] for k in keys if k in e} for name, e in models.items()}
+                models[alias] = models[real] | {"id": alias}
+        return models
 
     def route(self, model: str, busy: list[Upstream | None]) -> list[Upstream]:
         """The servers of a model, the least busy first; 404 `model_not_found`, or 502."""
         if model not in self.models():
             self.refresh()
         servers = [server for server in self if model in server.models]
-        if not servers and any(server.up for server in self):
-            raise APIError("model_not_found", "model", model=model[:200])
-        if not servers:
+        if servers:
+            return sorted(servers, key=lambda server: (server.why_down != "", busy.count(server)))
+        if all(server.why_down for server in self):
             raise self.unavailable()
-        return sorted(servers, key=lambda server: (not server.up, busy.count(server)))
+        raise APIError("model_not_found", "model", model=model[:200])
 
     def unavailable(self) -> APIError:
         """502 with the reason why no server is up."""
-        reasons = [f"{server.url}: {server.why_down}" for server in self if not server.up]
+        reasons = [f"{server.url}: {server.why_down}" for server in self if server.why_down]
         return APIError("upstream_unavailable", reason="; ".join(reasons))
 
 
@@ -1804,10 +1781,10 @@ class Relay:
         if self.stopped_by == DRAINING:
             raise APIError("draining")
         self.end("ok" if status == 200 else "error", f"vLLM answers {status}")  # before it is seen
-        if self.stopped_by:  # stop() may have ended half of it
-            exchange.hang_up()
+        if self.stopped_by or status != 200 or exchange.response.will_close:
+            exchange.hang_up()  # stop() may have ended half of it
         else:
-            cast(Upstream, self.upstream).keep(exchange)
+            cast(Upstream, self.upstream).idle.append(exchange)
         return plain_answer(body, status, headers)
 
     def _note_time(self, name: str) -> None:
@@ -2278,7 +2255,7 @@ def count_tokens() -> Response:
     body["model"] = upstreams.resolve(body["model"])
     server = upstreams.route(body["model"], [])[0]
     with a_place(COUNTING, "overloaded"):
-        answer = server.call("/v1/messages/count_tokens", to_json(body), 30)
+        answer = server.call("/v1/messages/count_tokens", body, 30)
     require_good_answer(answer.status_code, answer.headers)
     return plain_answer(answer.content, answer.status_code, answer.headers)
 
@@ -2305,7 +2282,7 @@ def health() -> JSONObject:
  ON CONFLICT (name_hash) DO UPDATE SET held_until_ms = :now RETURNING tries"""
     gate.database.write(sql, now=int(time.time()) * 1000)
     upstreams.models()  # keeps the list fresh
-    up = sum(server.up for server in upstreams)
+    up = sum(not server.why_down for server in upstreams)
     return {"status": "ok", "upstreams": {"up": up, "of": len(upstreams)}}
 
 
