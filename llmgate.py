@@ -1781,8 +1781,9 @@ class Relay:
         if self.stopped_by == DRAINING:
             raise APIError("draining")
         self.end("ok" if status == 200 else "error", f"vLLM answers {status}")  # before it is seen
+        # stop() may have ended half of the connection, and what follows a refusal is not known.
         if self.stopped_by or status != 200 or exchange.response.will_close:
-            exchange.hang_up()  # stop() may have ended half of it
+            exchange.hang_up()
         else:
             cast(Upstream, self.upstream).idle.append(exchange)
         return plain_answer(body, status, headers)
