@@ -1016,7 +1016,7 @@ class Meter:
         events = piece.count(b"\n\n")
         chat = events == piece.count(b'"choices":[{') == piece.count(b'"finish_reason":null')
         messages = events == piece.count(b'"content_block_delta"')
-        responses = events == piece.count(b'.delta"')
+        responses = events == piece.count(b".delta\n")  # JSON escapes a line feed
         if not (chat or messages or responses) or b'"error"' in piece or piece[-2:] != b"\n\n":
             return b""
         if b'"usage"' not in piece:

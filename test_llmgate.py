@@ -2279,6 +2279,41 @@ def test_text_that_looks_like_the_protocol_passes_unchanged(gate: Gate, user: Us
     assert [row.estimated for row in gate.usage(user)] == [0] * 8
 
 
+def test_text_named_like_an_event_hides_no_end(make_gate: MakeGate) -> None:
+    """An answer that ends in ".delta" has it in its last events, which come together."""
+    text = "response.output_text.delta"
+    begun: list[JSONObject] = [
+        {"type": "response.created", "response": {"usage": None}},
+        {"type": text, "delta": text},
+    ]
+    ended: list[JSONObject] = [
+        {"type": "response.output_text.done", "text": text},
+        {"type": "response.failed", "response": {"status": "failed", "output": [text]}},
+    ]
+
+    def named_event(body: JSONObject) -> bytes:
+        return f"event: {body['type']}\n".encode() + event_of(body)
+
+    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
+        upstream.start_stream()
+        upstream.chunk(b"".join(map(named_event, begun)))
+        assert began.wait(5)
+        upstream.chunk(b"".join(map(named_event, ended)))
+        upstream.wfile.write(b"0\r\n\r\n")
+
+    began = threading.Event()
+    with scripted_gate(make_gate, say) as gate:
+        user = register(gate)
+        answer = relay(gate, user.key, "responses", body_of("responses", stream=True))
+        pieces = answer.iter_content(None)
+        said = next(pieces)
+        began.set()
+        said += b"".join(pieces)
+        row = gate.row(answer)
+        assert said == b"".join(map(named_event, begun + ended))
+        assert (row.status, row.estimated) == ("error", 1)
+
+
 WHOLE_ANSWER = b'{"id":"c","choices":[],"usage":{"prompt_tokens":10,"completion_tokens":3}}'
 LENGTH = b"Content-Length: %d\r\n\r\n" % len(WHOLE_ANSWER)
 CHUNKED = b"Transfer-Encoding: Chunked\r\n\r\n"
