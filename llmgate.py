@@ -1474,7 +1474,8 @@ class Upstream:
         """Fetches the list of models; a slow answer leaves the list as it was."""
         try:
             entries = self.get_object("/v1/models")["data"]
-            self.models = {x["id"]: public_entry(x) for x in entries if utf8(x["id"])}
+            models = [entry for entry in entries if isinstance(entry, dict)]
+            self.models = {x["id"]: public_entry(x) for x in models if utf8(x.get("id"))}
         except APIError as error:
             if self.why_down or error.code != "upstream_timeout":
                 self.mark_down(error.for_log)

@@ -2657,6 +2657,18 @@ def test_models_are_listed_with_aliases_and_without_paths(make_gate: MakeGate) -
         assert gate.upstream.asked()[-1].json()["model"] == gate.row(answer).model == name
 
 
+def test_model_that_makes_no_sense_takes_no_other_along(make_gate: MakeGate) -> None:
+    """An entry without a name is passed over, a context that is no number counts as not told."""
+    odd: list[Any] = [None, "ok", {"object": "model"}, {"id": 7}]
+    odd.append({"id": "odd", "max_model_len": "8"})
+    with scripted_gate(make_gate, lambda up, _: up.say_whole(), *odd, {"id": "ok"}) as gate:
+        user = register(gate)
+        listed = call(gate, "GET", "/v1/models", user.key).json()["data"]
+        assert listed == [{"id": "odd"}, {"id": "ok"}, {"id": "llm-user-managed"}]
+        for model in ("odd", "ok"):
+            assert chat(gate, user.key, model).status_code == 200
+
+
 UNKNOWN_PATHS = [
     "POST /invocations", "GET /metrics", "POST /tokenize", "POST /pause", "GET /no-such-page",
     "POST /v1/load_lora_adapter", "POST /v1/chat/completions/batch", "POST /v1/../tokenize",
