@@ -1194,7 +1194,8 @@ class ThreadedGate(Gate):
         """Begin to stop it, as SIGTERM does, in the middle of a test."""
         self.stopped = True
         self.server.drain(grace_s)
-        socket.create_connection(self.address).close()  # wakes it
+        with contextlib.suppress(ConnectionError):  # it has stopped already
+            socket.create_connection(self.address).close()  # wakes it
 
     def stop(self) -> None:
         """Drain it, unless the test did; nothing of it may be left."""
