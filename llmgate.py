@@ -1656,16 +1656,14 @@ class Relay:
         self.ids_at_vllm: list[str] = []  # by which its abort_requests knows this request
         self.meter: Meter | None = None  # None: the row is not written yet
         self.upstream: Upstream | None = None
-        self.exchange: Exchange | None = None
-        self.sent = False  # vLLM has the request
+        self.exchange: Exchange | None = None  # vLLM has the request, or gets it now
         self.stopped_by = ""  # LEFT or DRAINING; the first one counts
         self.status = "pending"
-        self.why = ""  # for the log, with the final status
-        self.ended = threading.Event()  # the status is final
+        self.counts = Counts()  # as booked last
         self.times: JSONObject = {"first_byte_ms": None, "duration_ms": None}
         self.tokens_used: int = user.tokens_used  # of the user, after save()
-        self._lock = threading.Lock()  # protects status, and the connection until it is final
-        self._booking = threading.Lock()  # one save() at a time, or the log would tell it twice
+        self.ended = threading.Event()  # status and counts are final
+        self._lock = threading.RLock()  # protects them, and the connection until then
 
     def answer(self, body: JSONObject, raw: bytes) -> Response:
         """vLLM's answer; 400, 404, 429, 502, 503, 504. `raw` is the body as it came."""
@@ -1673,7 +1671,7 @@ class Relay:
             busy = [other.upstream for other in list(self.watcher.running)]
             servers = self.watcher.upstreams.route(self.model, busy)
             self._reserve(servers[0], body, raw)
-            return self._send(servers, body)
+            return self._read_answer(self._send(servers, body))
         except Exception as error:
             self.end("error", error.for_log if isinstance(error, APIError) else words_of(error))
             if self.exchange:
@@ -1703,8 +1701,10 @@ class Relay:
         self.meter = Meter(claim, row["reserved"])
         claim.limit_output(granted)
 
-    def _send(self, servers: list[Upstream], body: JSONObject, again: bool = False) -> Response:
-        """The answer of the first server that is there; 502, 503, 504."""
+    def _send(self, servers: list[Upstream], body: JSONObject, again: bool = False) -> bytes:
+        """Asks the first server that is there; the body of its answer if that is a 400. 502, 504."""
+        if self.stopped_by:
+            raise APIError("draining", reason=self.stopped_by)
         for server in servers:
             exchange = server.connect()
             if exchange:
@@ -1713,8 +1713,6 @@ class Relay:
             raise self.watcher.upstreams.unavailable()
         self.upstream = server
         self.exchange = exchange
-        if self.stopped_by:
-            raise APIError("draining", reason=self.stopped_by)
         if self.endpoint == "responses":
             body |= {"store": False, "request_id": f"resp_{self.request_id}"}
         running_counts = False
@@ -1723,13 +1721,11 @@ class Relay:
             refused_until = server.no_running_counts_until.get(self.model, 0)
             running_counts = not again and refused_until < time.monotonic()
             options = (body.get("stream_options") or {}) | {"include_usage": True}
-            options.pop("continuous_usage_stats", None)
             if running_counts:
                 options["continuous_usage_stats"] = True
             sent = body | {"stream_options": options}
         headers = {"X-Request-Id": self.request_id, "X-Vllm-Priority": str(self.others_running)}
         path = f"{urlsplit(server.url).path}/v1/{self.endpoint}"
-        self.sent = True
         exchange.send(path, to_json(sent), server.headers | headers)
         refusal = b"".join(exchange.pieces()) if exchange.response.status == 400 else b""
         if running_counts and b"continuous_usage_stats" in refusal:
@@ -1737,11 +1733,12 @@ class Relay:
             return self._send([server], body, again=True)
         if again and exchange.response.status == 200:  # it was the option, not the caller's text
             server.no_running_counts_until[self.model] = time.monotonic() + RETRY_OPTION_S
-        return self._read_answer(exchange, refusal)
+        return refusal
 
-    def _read_answer(self, exchange: Exchange, refusal: bytes) -> Response:
+    def _read_answer(self, refusal: bytes) -> Response:
         """The answer to relay: 200 or vLLM's own 4xx; 502 or 503 for all else."""
         meter = cast(Meter, self.meter)
+        exchange = cast(Exchange, self.exchange)
         status = exchange.response.status
         headers = cast(Any, exchange.response.headers)
         meter.answered = status == 200
@@ -1749,11 +1746,8 @@ class Relay:
         content_type = headers.get("content-type", "")
         if status == 200 and "text/event-stream" in content_type:
             self.stream = True
-            self._pieces = exchange.pieces()
-            response = StreamResponse(self, content_type=content_type, direct_passthrough=True)
-            response.headers["Cache-Control"] = "no-cache"
-            response.headers["X-Accel-Buffering"] = "no"  # nginx passes each event on at once
-            return response
+            at_once = {"X-Accel-Buffering": "no"}  # nginx passes each event on when it comes
+            return StreamResponse(cast(Any, self), 200, at_once, content_type=content_type)
         self._note_time("first_byte_ms")
         body = refusal or b"".join(exchange.pieces())
         if status == 200:
@@ -1780,11 +1774,19 @@ class Relay:
         if self.times[name] is None:
             self.times[name] = round((time.monotonic() - self.started_at) * 1000)
 
-    def __iter__(self) -> Iterator[bytes]:
-        """The events of a stream; an error event when they break off."""
+    def events(self, begin: Callable[[], Any]) -> Iterator[bytes]:
+        """The events of a stream; an error event when they break off.
+
+        `begin` is WSGI's start_response(). When the caller has left, the server closes this.
+        """
         meter = cast(Meter, self.meter)
+        exchange = cast(Exchange, self.exchange)
+        pieces = exchange.pieces()
         try:
-            for piece in self._pieces:
+            write = begin()
+            write(b"")  # the headers leave at once, not with the first event
+            exchange.on_silence = partial(write, COMMENT)
+            for piece in pieces:
                 self._note_time("first_byte_ms")
                 shown = meter.feed(piece)
                 if meter.complete:
@@ -1793,29 +1795,24 @@ class Relay:
                     yield shown
             if self.stopped_by == DRAINING or not meter.finished():
                 raise APIError("upstream_error", why="its answer ended too early")
-            if meter.failed:  # booked before the caller can see the end
-                self.end("error", "vLLM reported an error")
-            else:
-                self.end("ok", "")
+            # Booked before the caller can see the end.
+            self.end("error" if meter.failed else "ok", "vLLM reported an error")
             if meter.complete:
                 yield shown
             elif not meter.failed:  # some servers leave it out
                 yield b"data: [DONE]\n\n"
         except APIError as error:
-            self.end("error", self.stopped_by or error.for_log)
-            if self.stopped_by == DRAINING:
-                error = APIError("draining")
-            yield error_event(self.endpoint, error, self.request_id)
-
-    def close(self) -> None:
-        """The end of a stream, also of one that was never begun; what vLLM last reported counts."""
-        if self.status == "pending":
-            self.stop(LEFT)
-            with suppress(APIError):
-                for piece in self._pieces:
-                    cast(Meter, self.meter).feed(piece)
-            self.end("aborted", LEFT)
-        cast(Exchange, self.exchange).hang_up()
+            self.end("error", error.for_log)
+            shown_error = APIError("draining") if self.stopped_by == DRAINING else error
+            yield error_event(self.endpoint, shown_error, self.request_id)
+        finally:
+            if not self.ended.is_set():
+                self.stop(LEFT)
+                with suppress(APIError):
+                    for piece in pieces:  # what vLLM last reports counts
+                        meter.feed(piece)
+                self.end("aborted", LEFT)
+            exchange.hang_up()
 
     def stop(self, reason: str) -> None:
         """Wants the request to end, from any thread: LEFT or DRAINING."""
@@ -1829,7 +1826,7 @@ class Relay:
         What vLLM has written by then still comes, with its counts. Where it has no abort_requests, a
         plain request whose caller left runs to its end.
         """
-        while not self.sent:
+        while not self.exchange:
             if self.ended.wait(0.02):
                 return
         server = cast(Upstream, self.upstream)
@@ -1840,69 +1837,58 @@ class Relay:
                 return
         for how in (socket.SHUT_WR, socket.SHUT_RDWR):
             with self._lock:  # when it has ended, another may use the connection
-                if self.status == "pending" and (self.stream or self.stopped_by == DRAINING):
-                    cast(Exchange, self.exchange).shutdown(how)
+                if not self.ended.is_set() and (self.stream or self.stopped_by == DRAINING):
+                    self.exchange.shutdown(how)
             if self.ended.wait(HANGUP_GRACE_S):
                 return
 
     def end(self, status: str, why: str) -> None:
-        """Ends the request with this status and books it, if it has not ended yet."""
+        """Ends the request with this status, books it and logs it, if it has not ended yet."""
         with self._lock:
             if self.ended.is_set():
                 return
-            self.why = f" ({why})" if status != "ok" else ""
-            self._note_time("duration_ms")
-            if self.meter and self.sent and DRAINING in (self.stopped_by, why):
-                self.meter.answered = True  # vLLM was at work, though nothing of it was seen
-            self.counts = self.meter.counts(at_end=True) if self.meter else Counts()
             self.status = "aborted" if self.stopped_by == LEFT else status
+            self._note_time("duration_ms")
+            if self.meter:
+                if self.exchange and DRAINING in (self.stopped_by, why):
+                    self.meter.answered = True  # vLLM was at work, though nothing of it was seen
+                self.counts = self.meter.counts(at_end=True)
             self.ended.set()
-        try:
-            self.save()
-        except APIError as error:  # the watcher tries again
-            log.error("%s not booked yet: %s", self.request_id, error.for_log)
-
-    def save(self) -> None:
-        """Books what is known now, until the end is booked; then writes the log's line. 503."""
-        with self._booking:
-            meter = self.meter
-            ended = self.ended.is_set()
-            if self not in self.watcher.running:
-                return
-            if meter:
-                status = self.status if ended else "pending"
-                counts = self.counts if ended else meter.counts()
-                row = (self.request_id, status, counts, self.times)
-                with self.watcher.database.begin() as execute:
-                    counts, self.tokens_used = book(execute, *row)
-            if ended:
-                self.watcher.running.discard(self)
-        if ended and meter:
+            try:
+                self.save()
+            except APIError as error:  # the watcher tries again
+                log.error("%s not booked yet: %s", self.request_id, error.for_log)
+        if self.meter:
             who = f"{self.request_id} {self.user.username} key {self.user.api_key_id}"
-            what = f"{self.endpoint} {self.model}{' stream' * self.stream} {self.status}{self.why}"
-            cost = f"{counts.prompt_tokens}+{counts.completion_tokens} tokens"
-            cost += " (estimated)" * counts.estimated
+            what = f"{self.endpoint} {self.model}{' stream' * self.stream} {self.status}"
+            if self.status != "ok":
+                what += f" ({self.stopped_by or why})"
+            cost = f"{self.counts.prompt_tokens}+{self.counts.completion_tokens} tokens"
+            cost += " (estimated)" * self.counts.estimated
             first, last = self.times.values()
             log.info("%s %s %s, first byte %s ms, end %s ms", who, what, cost, first, last)
 
+    def save(self) -> None:
+        """Books what is known now; a request whose end is booked is no longer `running`. 503."""
+        with self._lock:
+            ended = self.ended.is_set()
+            if self.meter:
+                if not ended:
+                    self.counts = self.meter.counts()
+                row = (self.request_id, self.status, self.counts, self.times)
+                with self.watcher.database.begin() as execute:
+                    self.counts, self.tokens_used = book(execute, *row)
+            if ended:
+                self.watcher.running.discard(self)
+
 
 class StreamResponse(Response):
-    """A relay's stream: its headers leave at once, not with its first bytes; silence has comments.
-
-    The server iterates over the relay itself, and closes it (PEP 3333).
-    """
+    """A relay's stream, which sends its headers by itself."""
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
-        """WSGI's write() sends the headers."""
-        relay, status, headers = cast(Any, self.get_wsgi_response(environ))
-        try:
-            write = start_response(status, headers)
-            write(b"")
-            relay.exchange.on_silence = partial(write, COMMENT)
-        except Exception:  # nobody else would close the stream
-            relay.close()
-            raise
-        return relay
+        """The relay's events, for the server to iterate over and to close (PEP 3333)."""
+        headers = self.get_wsgi_headers(environ).to_wsgi_list()
+        return cast(Any, self.response).events(partial(start_response, self.status, headers))
 
 
 LOST_ROWS = """SELECT request_id, prompt_estimate, prompt_tokens, completion_tokens, cached_tokens,
@@ -1973,13 +1959,12 @@ class Watcher:
     def begin_period(self) -> int | None:
         """Lets quotas begin again when a period does, once for all gates; when it ends. 503."""
         begins_at, ends_at = period_of(self.settings.quota_period, time.time())
-        if ends_at is None or begins_at == self._period:
-            return ends_at
-        with self.database.begin() as execute:
-            if execute(BEGIN_PERIOD, {"begins_at": begins_at}):
-                reset_usage(execute)
-                log.info("a new period of quotas has begun; the next one: %s", when(ends_at))
-        self._period = begins_at
+        if ends_at and begins_at != self._period:
+            with self.database.begin() as execute:
+                if execute(BEGIN_PERIOD, {"begins_at": begins_at}):
+                    reset_usage(execute)
+                    log.info("a new period of quotas has begun; the next one: %s", when(ends_at))
+            self._period = begins_at
         return ends_at
 
     def upkeep(self) -> None:
