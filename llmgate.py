@@ -2414,7 +2414,6 @@ def load_secret(settings: Settings, database: Database) -> str:
                 raise SettingsError(f"{path} is missing, but there are users: {why} > {path}")
             unfinished = path.with_suffix(".unfinished")  # a crash leaves no half of a secret
             unfinished.write_text(secrets.token_hex(32))
-            unfinished.chmod(0o600)
             unfinished.rename(path)
     make_private(path)
     secret = path.read_text(errors="replace").strip()
@@ -2557,13 +2556,11 @@ def bind(settings: Settings) -> socket.socket:
 class Server:
     """One gate on a bound socket: serving in run(), ended by drain() from any thread."""
 
-    def __init__(self, settings: Settings, listening: socket.socket, number: int = 1) -> None:
-        """`number` is that of the process, of PROCESSES."""
-        self._handler = log_to(settings.log_file, number)
+    def __init__(self, settings: Settings, listening: socket.socket) -> None:
         self.app = Gate(settings)
         host, port = listening.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self._break_off_at = math.inf  # monotonic: when running answers have had their time
+        self._grace_s = 0.0  # what running answers get after drain()
         self._sockets: dict[int, Any] = {}  # all that waitress's loop looks at
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # a relay has two connections
         self._waitress = waitress.create_server(
@@ -2586,8 +2583,14 @@ class Server:
         """Serves until drain() was called and all is answered and booked."""
         watcher = self.app.watcher
         watcher.start()
-        while not self._drain_further():
+        while not watcher.draining:
             loop(0.1, True, self._sockets, 1)
+        self._let_answers_end(self._grace_s)
+        for relay in list(watcher.running):
+            relay.stop(DRAINING)
+        self._let_answers_end(5)
+        for relay in list(watcher.running):  # their callers do not read
+            relay.end("error", DRAINING)
         self._waitress.task_dispatcher.shutdown()
         close_all(self._sockets)
         watcher.stop()
@@ -2597,61 +2600,43 @@ class Server:
             upstream.close_idle()
             upstream.session.close()
         self.app.database.close()
-        logging.getLogger().removeHandler(self._handler)
-        with suppress(OSError):  # a full disk
-            self._handler.close()
 
     def drain(self, grace_s: float = 30) -> None:
-        """Refuses new relays from now on, breaks off the running ones after `grace_s`, then stops."""
+        """Refuses new relays from now on; running ones get `grace_s`, then run() ends."""
+        self._grace_s = grace_s
         self.app.watcher.draining = True
-        self._break_off_at = time.monotonic() + grace_s
 
-    def _drain_further(self) -> bool:
-        """After drain(): sees to the end, one step at each call; whether all is answered."""
-        late_s = time.monotonic() - self._break_off_at
-        running = list(self.app.watcher.running)
-        for relay in running if late_s > 0 else ():
-            relay.stop(DRAINING)
-            # Its caller does not read; one without a row is told.
-            if late_s > 5 and relay.meter and not relay.ended.is_set():
-                threading.Thread(target=relay.end, args=("error", DRAINING), daemon=True).start()
-        channels = list(self._waitress.active_channels.values())
-        busy = running or any(c.requests or c.total_outbufs_len for c in channels)
-        return self.app.watcher.draining and (late_s > 8 or not busy)
+    def _let_answers_end(self, wait_s: float) -> None:
+        """Serves on until all is answered, but not for longer than this."""
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline:
+            channels = list(self._waitress.active_channels.values())
+            unsent = any(c.requests or c.total_outbufs_len for c in channels)
+            if not unsent and not self.app.watcher.running:
+                return
+            loop(0.1, True, self._sockets, 1)
 
 
-def tell(text: str) -> None:
-    """A line for the operator, if there still is a terminal."""
-    with suppress(OSError):
-        click.echo(text, err=True)
-
-
-# The first signal lets running answers end. A terminal, a shell or a service manager may send two
-# at once; a second one is what comes more than a second later. What nohup ignores stays ignored.
+# What ends a gate; but what nohup ignores stays ignored.
 ENDING = {signal.SIGTERM}
 ENDING |= {x for x in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN}
 
 
 def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None:
-    """Runs one gate until SIGTERM, SIGHUP or Ctrl-C; a second signal stops it at once."""
+    """Runs one gate, of PROCESSES the one with this number, until a signal of ENDING."""
     with suppress(AttributeError):  # glibc would keep the memory of large bodies for good
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
     # Of a process's threads one runs Python at a time; on one core it hands on to the next in half
     # the time. Each of several processes takes another one.
     first = os.getpid() if settings.processes == 1 else os.getppid()
     run_on({sorted(CORES)[(first + number) % len(CORES)]})
-    server = Server(settings, listening, number)
-    ending_since = 0.0
+    log_to(settings.log_file, number)
+    server = Server(settings, listening)
 
-    def end(*_: object) -> None:
-        nonlocal ending_since
-        if not ending_since:
-            ending_since = time.monotonic()
-            server.drain()
-            if number == 1:
-                tell("Running answers get 30 s; once more to stop at once.")
-        elif settings.processes == 1 and time.monotonic() > ending_since + 1:
-            os._exit(1)
+    def end(signal_number: int, _: object) -> None:
+        server.drain()
+        if signal_number == signal.SIGINT:  # once more, and it ends at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for name in ENDING:
         signal.signal(name, end)
@@ -2663,63 +2648,48 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
         click.echo(f"""llmgate   {server.url}
 models    {", ".join(map(printable, server.app.upstreams.models())) or start_one}
 database  {sa.make_url(settings.database_url).set(query={}).render_as_string()}
-register  {how_to_register(server.url, settings)}""")
+register  {how_to_register(server.url, settings)}
+stop      Ctrl-C: running answers get 30 s; once more: at once""")
     server.run()
 
 
-def start_gate(
-    settings: Settings, listening: socket.socket, number: int, numbers: dict[int, int]
-) -> None:
-    """Forks a gate and enters it into {process id: number}; it ends with this process."""
+def start_gate(settings: Settings, listening: socket.socket, number: int) -> int:
+    """Forks a gate, which ends when this process does; its process id."""
     supervisor = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the new process has its own
     pid = os.fork()
     if pid == 0:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() == supervisor:
             serve(settings, listening, number)
         os._exit(0)  # sys.exit() would die by a signal that still comes
-    numbers[pid] = number
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    return pid
 
 
 def serve_all(settings: Settings, listening: socket.socket) -> None:
-    """Starts PROCESSES gates on one socket and looks after them: a dead one is replaced."""
+    """Runs PROCESSES gates on one socket, and another for one that dies, until a signal of ENDING."""
     Gate(settings).database.close()  # makes the tables and the secret, while nobody else does
-    numbers: dict[int, int] = {}  # of the gates, by process id
+    awaited = ENDING | {signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # for sigwait(); a gate unblocks its own
+    gates = {start_gate(settings, listening, n): n for n in range(1, settings.processes + 1)}
     status = 0
-    ending_since = 0.0
-
-    def end(*_: object) -> None:
-        nonlocal ending_since
-        ending_since = ending_since or time.monotonic()
-        is_second = time.monotonic() > ending_since + 1
-        for pid in list(numbers):
-            with suppress(ProcessLookupError):  # it has just ended
-                os.kill(pid, signal.SIGKILL if is_second else signal.SIGTERM)
-
-    for name in ENDING:
-        signal.signal(name, end)
-    for number in range(1, settings.processes + 1):
-        if not ending_since:
-            start_gate(settings, listening, number, numbers)
-    while numbers:
-        pid, wait_status = os.wait()
-        if pid not in numbers:  # a child of what this process was before, or an orphan
+    while not status:
+        pid, wait_status = os.waitpid(-1, os.WNOHANG)
+        if not pid and signal.sigwait(awaited) != signal.SIGCHLD:
+            break
+        if pid not in gates:  # none has ended, or a child of what this process was before
             continue
-        number = numbers.pop(pid)
+        number = gates.pop(pid)
         code = os.waitstatus_to_exitcode(wait_status)
-        if ending_since:
-            status = status or int(code != 0)
-        elif code == 2:  # a setting is wrong: another start would not mend it
+        if code == 2:  # a setting is wrong: another start would not mend it
             status = 2
-            end()
         else:
-            tell(f"Process {number} ended ({code}); starting another.")
+            log.warning("Process %d ended (%d); starting another.", number, code)
             time.sleep(1)
-            if not ending_since:
-                start_gate(settings, listening, number, numbers)
-    sys.exit(status)
+            gates[start_gate(settings, listening, number)] = number
+    for pid in gates:
+        os.kill(pid, signal.SIGTERM)
+    failed = [pid for pid in gates if os.waitpid(pid, 0)[1]]
+    sys.exit(status or bool(failed))
 
 
 @click.group(invoke_without_command=True)

@@ -26,6 +26,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -1185,6 +1186,7 @@ class ThreadedGate(Gate):
     def __init__(self, env: Mapping[str, str], upstream: Upstream) -> None:
         """Start it; it serves when this returns."""
         settings = llmgate.Settings.from_env(env)
+        self.log_handler = llmgate.log_to(settings.log_file, 1)
         self.server = llmgate.Server(settings, llmgate.bind(settings))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
@@ -1203,6 +1205,8 @@ class ThreadedGate(Gate):
             self.drain(1)
         self.thread.join(10)
         assert not self.thread.is_alive(), "the gate did not stop"
+        logging.getLogger().removeHandler(self.log_handler)
+        self.log_handler.close()
 
 
 class ProcessGate(Gate):
@@ -4048,6 +4052,23 @@ def test_gate_that_is_told_to_end_lets_answers_end(
         assert gate.process.wait(10) == 0
     assert {row.request_id: row.status for row in gate.usage()} == dict.fromkeys(whole, "ok")
     assert gate.complaints() == []
+
+
+def test_second_ctrl_c_ends_the_gate_at_once(start_process: StartProcess) -> None:
+    """The first one lets answers end."""
+    gate = start_process()
+    user = register(gate)
+    with chat(gate, user.key, "silent", stream=True) as running:
+        events = stream_events(running)
+        assert next(events)
+        gate.process.send_signal(signal.SIGINT)
+        wait_until(lambda: requests.get(f"{gate.url}/health", timeout=5).status_code == 503)
+        assert not gate.ended()
+        gate.stopped = True
+        gate.process.send_signal(signal.SIGINT)
+        assert gate.process.wait(2) == -signal.SIGINT
+        with pytest.raises(requests.RequestException):
+            list(events)
 
 
 def test_nohup_keeps_the_gate_when_its_terminal_closes(
