@@ -247,12 +247,9 @@ def read_dotenv(path: Path) -> dict[str, str]:
 def make_private(path: Path) -> None:
     """Takes a file with a secret out of the sight of other users of this machine."""
     if path.stat().st_mode & 0o077:
-        done = "repaired"
-        try:
+        log.warning("%s was open to other users of this machine; its mode should be 0600", path)
+        with suppress(OSError):  # it is another user's
             path.chmod(0o600)
-        except OSError as error:  # it is another user's
-            done = f"not repaired: {error.strerror}"
-        log.warning("%s was open to other users of this machine; %s", path, done)
 
 
 # ---- 2 Errors -------------------------------------------------------------------------------------
@@ -736,11 +733,11 @@ PROTOCOLS = {
 }
 
 
-MEDIA_KEYS = {"image_url", "image_pil", "image_embeds", "audio_url", "input_audio", "video_url"}
-MEDIA_TYPES = MEDIA_KEYS | {"image", "input_image", "audio", "video"}
-MEDIA_TYPES |= {"file", "input_file", "document"}
-MEDIA_HOLDERS = (*MEDIA_KEYS, "source", "file")  # fields of a part, whose object has the data
-DATA_FIELDS = ("url", "data", "file_data", "image_url", "audio_url", "video_url")
+# Types of a part, or fields of one without a type, by which a model sees a picture or a medium.
+PICTURES = {"image_url", "image_pil", "image_embeds", "image", "input_image"}
+MEDIA = PICTURES | {"audio_url", "input_audio", "audio", "video_url", "video"}
+MEDIA |= {"file", "input_file", "document"}
+DATA_FIELDS = ("url", "data", "file_data")
 MEDIA_WORD = re.compile(rb'"(image|audio|video|input_|file|document)[a-z_]*"|\\u00[4-7]')
 
 
@@ -766,18 +763,15 @@ def media_in(body: JSONObject) -> tuple[int, int, int]:
     others = 0
     data_bytes = 0
     for part in content_parts(body):
-        words = MEDIA_KEYS & part.keys()
-        if isinstance(part.get("type"), str):
-            words |= MEDIA_TYPES & {part["type"]}
-        if not words:
-            continue
-        is_picture = all("image" in word for word in words)
-        pictures += is_picture
-        others += not is_picture
-        for holder in (part, *(part.get(name) for name in MEDIA_HOLDERS)):
-            fields_of = holder if isinstance(holder, dict) else {}
-            data = [fields_of.get(name) for name in DATA_FIELDS]
-            data_bytes += sum(len(text) for text in data if isinstance(text, str))
+        kinds = MEDIA & {*part, part["type"] if isinstance(part.get("type"), str) else ""}
+        if kinds:
+            pictures += kinds <= PICTURES
+            others += not kinds <= PICTURES
+            for holder in (part, *(part.get(name) for name in (*MEDIA, "source"))):
+                data = [holder]
+                if isinstance(holder, dict):
+                    data = [holder.get(name) for name in DATA_FIELDS]
+                data_bytes += sum(len(text) for text in data if isinstance(text, str))
     return pictures, others, data_bytes
 
 
