@@ -799,37 +799,40 @@ class Claim:
         """Of a body, and of its bytes as they came; 400."""
         self.body = body
         self.protocol = PROTOCOLS[endpoint]
-        unbounded = context or UNKNOWN_CONTEXT
-        if not self.protocol.bounds:  # of embeddings vLLM may read more, in chunks
-            context = None
-        self.context = context
+        # Of embeddings vLLM may read more than the context, in chunks.
+        self.context = context if self.protocol.bounds else None
         self.prompts = prompts_of(body, self.protocol.prompt_field)
         n = whole_number(body, "n", 1, 16) or 1
         self.choices = len(self.prompts) * (n if self.protocol.reports else 1)
-        asked = [whole_number(body, name, 0) for name in self.protocol.bounds]
-        most = unbounded if self.protocol.bounds else 0
+        self._measure_prompt(raw, context or UNKNOWN_CONTEXT)
         # What one choice may write: as asked for, or up to the model's context.
+        asked = [whole_number(body, name, 0) for name in self.protocol.bounds]
+        most = (context or UNKNOWN_CONTEXT) if asked else 0
         self.output_bound = max((number for number in asked if number is not None), default=most)
+        self.output_bound = min(self.output_bound, self.context or MAX_BIGINT)
         thinking = body.get("thinking") if endpoint == "messages" else None
         thinks = isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int
         self.least_output = 1025 if thinks else 1  # thoughts have 1,024 tokens or more
-        pictures, others, data_bytes = media_in(body) if MEDIA_WORD.search(raw) else (0, 0, 0)
+
+    def _measure_prompt(self, raw: bytes, context: int) -> None:
+        """The prompt's upper bound, and an estimate: what is charged when no count ever comes."""
+        field = self.protocol.prompt_field
+        pictures, others, data_bytes = media_in(self.body) if MEDIA_WORD.search(raw) else (0, 0, 0)
+        of_picture = context if "mm_processor_kwargs" in self.body else min(PICTURE_TOKENS, context)
         text_bytes = len(raw) - data_bytes
-        self.prompt_bound = text_bytes + TEMPLATE_TOKENS  # an upper bound
-        of_picture = unbounded if "mm_processor_kwargs" in body else min(PICTURE_TOKENS, unbounded)
-        self.prompt_bound += pictures * of_picture + others * unbounded
+        bound = text_bytes + TEMPLATE_TOKENS + pictures * of_picture + others * context
         estimate = text_bytes // 4 + (pictures + others) * PICTURE_ESTIMATE
         # vLLM may read messages and prompt_embeds in completions and embeddings, too.
-        is_odd = self.protocol.prompt_field and ("messages" in body or "prompt_embeds" in body)
+        is_odd = field and ("messages" in self.body or "prompt_embeds" in self.body)
         is_ids = all(isinstance(x, list) and set(map(type, x)) <= {int} for x in self.prompts)
         if is_ids and not is_odd:
-            self.prompt_bound = estimate = sum(map(len, self.prompts)) + len(self.prompts)
-        if context:
-            self.prompt_bound = min(self.prompt_bound, context * len(self.prompts))
-            self.output_bound = min(self.output_bound, context)
-        self.estimate = min(max(1, estimate), self.prompt_bound)  # charged when no count ever comes
-        many = len(self.prompts) > MAX_COUNTED_PROMPTS
-        self._countable = not (is_ids or is_odd or pictures or others or many)
+            bound = estimate = sum(map(len, self.prompts)) + len(self.prompts)
+        if self.context:
+            bound = min(bound, self.context * len(self.prompts))
+        self.prompt_bound = bound
+        self.estimate = min(max(1, estimate), bound)
+        too_many = len(self.prompts) > MAX_COUNTED_PROMPTS
+        self._countable = not (is_ids or is_odd or pictures or others or too_many)
         self._guess = len(raw) // 3 + 1  # of the prompt, where vLLM cannot count it
 
     def granted(self, room: int) -> int:
@@ -843,10 +846,10 @@ class Claim:
     def count_if_near(self, room: int, server: Upstream, is_stopped: Callable[[], object]) -> None:
         """Near the limit, of the quota or the context, lets vLLM count the prompt."""
         granted = self.granted(room)
+        context = self.context or MAX_BIGINT
         sends_bound = granted < self.output_bound or self.protocol.in_context
-        context = self.context or 0
-        near = context and sends_bound and granted + self.prompt_bound > context
-        is_near = near or self.prompt_bound > room // 8
+        is_near_context = sends_bound and granted + self.prompt_bound > context
+        is_near = is_near_context or self.prompt_bound > room // 8
         if room < len(self.prompts) or not self._countable or not is_near:
             return
         counted = None
@@ -857,7 +860,7 @@ class Claim:
         if counted is not None:
             self.prompt_bound = counted
             self.estimate = max(1, counted)
-            if context and self.choices == 1:  # of several, each has the context for itself
+            if self.choices == 1:  # of several, each has the context for itself
                 self.output_bound = min(self.output_bound, max(context - counted, 1))
 
     def _counted(self, server: Upstream, is_stopped: Callable[[], object]) -> int | None:
@@ -886,16 +889,16 @@ class Claim:
     def limit_output(self, granted: int) -> None:
         """Lowers or puts in the body's bound where the quota, or the context, asks for it."""
         body = self.body
-        context = self.context
+        context = self.context or MAX_BIGINT
         given = [name for name in self.protocol.bounds if body.get(name) is not None]
-        limit = context if context and self.protocol.in_context else MAX_BIGINT
+        limit = context if self.protocol.in_context else MAX_BIGINT
         too_high = any(body[name] > limit for name in given)
         if granted >= self.output_bound and not too_high:
             return
         prompt = self.estimate
         if len(self.prompts) > 1:  # the longest one's ids or characters
             prompt = max((len(x) for x in self.prompts if isinstance(x, str | list)), default=0)
-        most = min(granted, max(context - prompt, 1)) if context else granted
+        most = min(granted, max(context - prompt, 1))
         for name in given or self.protocol.bounds[:1]:
             body[name] = min(body.get(name) or most, most)
         if type(body.get("min_tokens")) is int:
