@@ -800,7 +800,7 @@ class Claim:
         self.body = body
         self.protocol = PROTOCOLS[endpoint]
         # Of embeddings vLLM may read more than the context, in chunks.
-        self.context = context if self.protocol.bounds else None
+        self.context = (context if self.protocol.bounds else None) or MAX_BIGINT
         self.prompts = prompts_of(body, self.protocol.prompt_field)
         n = whole_number(body, "n", 1, 16) or 1
         self.choices = len(self.prompts) * (n if self.protocol.reports else 1)
@@ -808,8 +808,8 @@ class Claim:
         # What one choice may write: as asked for, or up to the model's context.
         asked = [whole_number(body, name, 0) for name in self.protocol.bounds]
         most = (context or UNKNOWN_CONTEXT) if asked else 0
-        self.output_bound = max((number for number in asked if number is not None), default=most)
-        self.output_bound = min(self.output_bound, self.context or MAX_BIGINT)
+        most = max((number for number in asked if number is not None), default=most)
+        self.output_bound = min(most, self.context)
         thinking = body.get("thinking") if endpoint == "messages" else None
         thinks = isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int
         self.least_output = 1025 if thinks else 1  # thoughts have 1,024 tokens or more
@@ -827,10 +827,8 @@ class Claim:
         is_ids = all(isinstance(x, list) and set(map(type, x)) <= {int} for x in self.prompts)
         if is_ids and not is_odd:
             bound = estimate = sum(map(len, self.prompts)) + len(self.prompts)
-        if self.context:
-            bound = min(bound, self.context * len(self.prompts))
-        self.prompt_bound = bound
-        self.estimate = min(max(1, estimate), bound)
+        self.prompt_bound = min(bound, self.context * len(self.prompts))
+        self.estimate = min(max(1, estimate), self.prompt_bound)
         too_many = len(self.prompts) > MAX_COUNTED_PROMPTS
         self._countable = not (is_ids or is_odd or pictures or others or too_many)
         self._guess = len(raw) // 3 + 1  # of the prompt, where vLLM cannot count it
@@ -846,9 +844,8 @@ class Claim:
     def count_if_near(self, room: int, server: Upstream, is_stopped: Callable[[], object]) -> None:
         """Near the limit, of the quota or the context, lets vLLM count the prompt."""
         granted = self.granted(room)
-        context = self.context or MAX_BIGINT
         sends_bound = granted < self.output_bound or self.protocol.in_context
-        is_near_context = sends_bound and granted + self.prompt_bound > context
+        is_near_context = sends_bound and granted + self.prompt_bound > self.context
         is_near = is_near_context or self.prompt_bound > room // 8
         if room < len(self.prompts) or not self._countable or not is_near:
             return
@@ -861,7 +858,7 @@ class Claim:
             self.prompt_bound = counted
             self.estimate = max(1, counted)
             if self.choices == 1:  # of several, each has the context for itself
-                self.output_bound = min(self.output_bound, max(context - counted, 1))
+                self.output_bound = min(self.output_bound, max(self.context - counted, 1))
 
     def _counted(self, server: Upstream, is_stopped: Callable[[], object]) -> int | None:
         """The prompt's tokens, by vLLM; None where it cannot tell. 502, 504."""
@@ -889,16 +886,15 @@ class Claim:
     def limit_output(self, granted: int) -> None:
         """Lowers or puts in the body's bound where the quota, or the context, asks for it."""
         body = self.body
-        context = self.context or MAX_BIGINT
         given = [name for name in self.protocol.bounds if body.get(name) is not None]
-        limit = context if self.protocol.in_context else MAX_BIGINT
+        limit = self.context if self.protocol.in_context else MAX_BIGINT
         too_high = any(body[name] > limit for name in given)
         if granted >= self.output_bound and not too_high:
             return
         prompt = self.estimate
         if len(self.prompts) > 1:  # the longest one's ids or characters
             prompt = max((len(x) for x in self.prompts if isinstance(x, str | list)), default=0)
-        most = min(granted, max(context - prompt, 1))
+        most = min(granted, max(self.context - prompt, 1))
         for name in given or self.protocol.bounds[:1]:
             body[name] = min(body.get(name) or most, most)
         if type(body.get("min_tokens")) is int:
@@ -1066,7 +1062,7 @@ class Meter:
         claim = self._claim
         known = read_usage(self._usage) or self._running_counts()
         if known.completion_tokens or (known.total and self.complete):
-            return known.at_most(claim.choices * (claim.context or MAX_BIGINT))  # else it is absurd
+            return known.at_most(claim.choices * claim.context)  # else it is absurd
         output = max(self._deltas, self._text_bytes // 4)
         if at_end and self.working_since and not self._text_bytes:
             silent_s = time.monotonic() - self.working_since
