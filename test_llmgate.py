@@ -2211,25 +2211,6 @@ def test_host_that_is_not_the_gates_is_refused(make_gate: MakeGate) -> None:
 # The relay: what vLLM gets and what the client gets, byte by byte.
 
 
-def test_plain_answer_is_vllms_byte_by_byte(gate: Gate, user: User) -> None:
-    """And its one row has vLLM's counts, under the answer's X-Request-Id."""
-    counts = {"chat/completions": (10, 7), "completions": (20, 14), "embeddings": (20, 0)}
-    for endpoint, (prompt, completion) in counts.items():
-        answer = relay(gate, user.key, endpoint, body_of(endpoint, most=7))
-        assert answer.status_code == 200, answer.text
-        assert answer.content == gate.upstream.asked()[-1].answer()
-        assert answer.headers["Content-Type"] == "application/json"
-        assert answer.headers["x-ratelimit-limit-tokens"] == "1000000"
-        assert 0 < int(answer.headers["x-ratelimit-remaining-tokens"]) <= 1000000
-        row = gate.row(answer)
-        assert (row.user_id, row.model, row.endpoint) == (user.id, "ok", endpoint)
-        assert (row.stream, row.status, row.estimated) == (0, "ok", 0)
-        assert (row.prompt_tokens, row.completion_tokens) == (prompt, completion)
-    assert len(gate.usage()) == 3
-    relay(gate, user.key, "completions", {"model": "ok", "prompt": "Hello"})
-    assert gate.upstream.asked()[-1].json()["max_tokens"] == 16  # vLLM's own default there
-
-
 def test_each_event_passes_at_once(gate: Gate, user: User) -> None:
     """Events that vLLM writes 300 ms apart are at the client within 150 ms."""
     assert best_of_six(lambda: longest_delay(gate, user.key), 0.15) < 0.15
@@ -2282,41 +2263,6 @@ def test_text_that_looks_like_the_protocol_passes_unchanged(gate: Gate, user: Us
         assert plain.json()["choices"][0]["message"]["content"] == words * 3
     gate.settle()
     assert [row.estimated for row in gate.usage(user)] == [0] * 8
-
-
-def test_text_named_like_an_event_hides_no_end(make_gate: MakeGate) -> None:
-    """An answer that ends in ".delta" has it in its last events, which come together."""
-    text = "response.output_text.delta"
-    begun: list[JSONObject] = [
-        {"type": "response.created", "response": {"usage": None}},
-        {"type": text, "delta": text},
-    ]
-    ended: list[JSONObject] = [
-        {"type": "response.output_text.done", "text": text},
-        {"type": "response.failed", "response": {"status": "failed", "output": [text]}},
-    ]
-
-    def named_event(body: JSONObject) -> bytes:
-        return f"event: {body['type']}\n".encode() + event_of(body)
-
-    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        upstream.start_stream()
-        upstream.chunk(b"".join(map(named_event, begun)))
-        assert began.wait(5)
-        upstream.chunk(b"".join(map(named_event, ended)))
-        upstream.wfile.write(b"0\r\n\r\n")
-
-    began = threading.Event()
-    with scripted_gate(make_gate, say) as gate:
-        user = register(gate)
-        answer = relay(gate, user.key, "responses", body_of("responses", stream=True))
-        pieces = answer.iter_content(None)
-        said = next(pieces)
-        began.set()
-        said += b"".join(pieces)
-        row = gate.row(answer)
-        assert said == b"".join(map(named_event, begun + ended))
-        assert (row.status, row.estimated) == ("error", 1)
 
 
 WHOLE_ANSWER = b'{"id":"c","choices":[],"usage":{"prompt_tokens":10,"completion_tokens":3}}'
@@ -2377,84 +2323,87 @@ def test_answer_is_read_however_it_arrives(make_gate: MakeGate) -> None:
         assert gate.row(answer).total == 0  # what is no HTTP is free
 
 
-def test_text_that_a_broken_answer_repeats_counts_once(make_gate: MakeGate) -> None:
-    """Its events tell all of it thrice before the last one, with the usage, which does not come."""
+def named_event(type: str, **fields: object) -> bytes:
+    """Return an event of /v1/responses."""
+    return f"event: {type}\n".encode() + event_of({"type": type} | fields)
+
+
+def test_end_of_a_broken_response_is_seen_and_its_text_counts_once(make_gate: MakeGate) -> None:
+    """Its events tell all of it thrice before the last one, with the usage, which does not come.
+
+    Nor does a text that is named like an event hide an end that comes with it.
+    """
+    told = ResponseAnswer(body_of("responses"), Behaviour())
+    told.made = 20
+    whole = re.findall(rb"(?s).*?\n\n", b"".join(event for _, event in told.events()))
+    name = "response.output_text.delta"
+    failed = named_event("response.failed", response={"status": "failed", "output": [name]})
+    begun = named_event("response.created", response={"usage": None})
+    begun += named_event(name, delta=name)
+    ended = named_event("response.output_text.done", text=name) + failed
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        told = ResponseAnswer(body, Behaviour())
-        told.made = 20
-        events = b"".join(event for _, event in told.events())
         upstream.start_stream()
         upstream.exchange.tokens = 30
-        for event in re.findall(rb"(?s).*?\n\n", events)[:-1]:
-            upstream.wait(0.01)
-            upstream.chunk(event)
+        for chunk in (whole[:-1], [begun, ended])[body["seed"]]:
+            upstream.wait(0.03)
+            upstream.chunk(chunk)
         upstream.wfile.write(b"0\r\n\r\n")
 
     with scripted_gate(make_gate, say) as gate:
-        broken = relay(gate, register(gate).key, "responses", body_of("responses", stream=True))
-        assert b"event: response.failed" in broken.content
-        assert gate.row(broken).estimated and 20 <= gate.row(broken).completion_tokens <= 30
-
-
-VLLMS_REFUSALS = {  # seed: status and words
-    1: (400, CONTEXT_ERROR),
-    2: (429, "Too many requests; the queue is full."),
-    3: (429, "Token limit exceeded: too many tokens, it exceeds the limit of 9"),
-    4: (503, "The queue is full."),
-}
-
-
-def test_vllms_own_refusals_keep_status_and_retry_after(make_gate: MakeGate) -> None:
-    """OpenCode finds a full context in a 400, never in a 429, whatever its words. All are free."""
-
-    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        status, words = VLLMS_REFUSALS[body["seed"]]
-        error = {"message": words, "type": "x", "param": None, "code": status}
-        wait = f"retry-after: {status - 390}\r\n"
-        upstream.reply(status, dump({"error": error}), "application/json", wait)
-
-    with scripted_gate(make_gate, say) as gate:
-        gate.expected_5xx = {503}
         user = register(gate)
-        cases = itertools.product(ENDPOINTS, VLLMS_REFUSALS.items(), (False, True))
-        for endpoint, (seed, (status, _)), stream in cases:
-            body = body_of(endpoint, seed=seed, stream=stream)
-            with relay(gate, user.key, endpoint, body) as answer:
-                assert answer.status_code == status and answer.json()["error"]["message"]
-            assert seed > 2 or answer.content == gate.upstream.asked()[-1].answer()
-            assert answer.headers["Retry-After"] == str(status - 390)
-            if status != 400:
-                assert not re.search(MISREAD_BY_OPENCODE, answer.text)
-            if status == 503:
-                refused(endpoint, answer, 503, "upstream_busy")
-    assert {(row.status, row.total) for row in gate.usage(user)} == {("error", 0)}
+        cut, own = [
+            relay(gate, user.key, "responses", body_of("responses", stream=True, seed=seed))
+            for seed in (0, 1)
+        ]
+        assert b"event: response.failed" in cut.content and own.content == begun + ended
+        assert 20 <= gate.row(cut).completion_tokens <= 30
+        for answer in (cut, own):
+            assert (gate.row(answer).status, gate.row(answer).estimated) == ("error", 1)
 
 
-FAULTS = [  # status and body of vLLM's answer, and whether an answer had begun
-    *[(status, b'{"error":"Unauthorized"}', 0) for status in (307, 401, 403, 500)],
-    *[(200, b"", 0), (200, b"<html>hello</html>", 1), (200, b'{"id":"c","choices":[', 1)],
+VLLM_SAYS: list[tuple[int, str | bytes, str, bool]] = [  # status, words or body, our code, begun
+    (400, CONTEXT_ERROR, "", False),
+    (429, "Too many requests; the queue is full.", "", False),
+    (429, "Token limit exceeded: too many tokens, it exceeds the limit of 9", "", False),
+    (503, "The queue is full.", "upstream_busy", False),
+    *[(fault, b'{"error":"Unauthorized"}', "", False) for fault in (307, 401, 403, 500)],
+    (200, b"", "", False),
+    (200, b"<html>hello</html>", "", True),
+    (200, b'{"id":"c","choices":[', "", True),
 ]
 
 
-def test_faults_of_vllm_are_502(make_gate: MakeGate) -> None:
-    """Free, or an estimate if vLLM began an answer. No redirect is followed with the gate's key."""
+def test_refusals_of_vllm_keep_their_status_and_its_faults_are_502(make_gate: MakeGate) -> None:
+    """Free, or an estimate if vLLM began an answer. No redirect is followed with the gate's key.
+
+    `Retry-After` passes. OpenCode finds a full context in a 400, never in a 429, whatever its words.
+    """
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        status, answer, _ = FAULTS[body["seed"]]
-        there = f"location: {second.url}{upstream.path}\r\n"
-        upstream.reply(status, answer, "application/json", there)
+        status, said, _, _ = VLLM_SAYS[body["seed"]]
+        if isinstance(said, str):
+            said = dump({"error": {"message": said, "type": "x", "param": None, "code": status}})
+        headers = f"retry-after: 9\r\nlocation: {second.url}{upstream.path}\r\n"
+        upstream.reply(status, said, "application/json", headers)
 
     with Upstream() as second, scripted_gate(make_gate, say) as gate:
-        gate.expected_5xx, user = {502}, register(gate)
-        cases = itertools.product(ENDPOINTS, range(len(FAULTS)), (False, True))
-        for endpoint, number, stream in cases:
-            body = body_of(endpoint, seed=number, stream=stream)
+        gate.expected_5xx, user = {502, 503}, register(gate)
+        cases = itertools.product(ENDPOINTS, enumerate(VLLM_SAYS), (False, True))
+        for endpoint, (number, (status, said, code, begun)), stream in cases:
+            body, passes = body_of(endpoint, seed=number, stream=stream), isinstance(said, str)
             with relay(gate, user.key, endpoint, body) as answer:
-                refused(endpoint, answer, 502, "upstream_error")
-                assert "Location" not in answer.headers
-            row, (*case, begun) = gate.row(answer), FAULTS[number]
+                text, row = answer.text, gate.row(answer)
+            case = (endpoint, status, said, stream)
             assert (row.status, row.estimated, row.total > 0) == ("error", begun, begun), case
+            assert "Location" not in answer.headers, case
+            if code or not passes:
+                refused(endpoint, answer, status if passes else 502, code or "upstream_error")
+            if passes:
+                assert (answer.status_code, answer.headers["Retry-After"]) == (status, "9"), case
+                assert status == 400 or not re.search(MISREAD_BY_OPENCODE, text), case
+                unchanged = answer.content == gate.upstream.asked()[-1].answer()
+                assert unchanged or (status > 400 and answer.json()["error"]["message"]), case
         assert second.exchanges == []
 
 
@@ -2791,29 +2740,22 @@ def passed_on(event: bytes, asked: bool) -> JSONObject | None:
     return body if body["choices"] or asked else None
 
 
-class LateReader(UpstreamHandler):
-    """A vLLM that takes its time before it reads a request."""
-
-    def do_POST(self) -> None:
-        """Wait, then answer as ever."""
-        wait_until(after_seconds(0.5))
-        self.do_GET()
-
-
 def test_large_request_may_take_longer_than_a_silence(
     make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only UPSTREAM_TIMEOUT bounds an upload, not the time after which silence has a comment."""
+
+    def read_late(upstream: UpstreamHandler) -> None:
+        wait_until(after_seconds(0.5))
+        upstream.do_GET()
+
+    monkeypatch.setattr(UpstreamHandler, "do_POST", read_late)
     for name in ("PING_S", "CONNECT_TIMEOUT_S"):
         monkeypatch.setattr(llmgate, name, 0.2)
-    with Upstream() as upstream:
-        upstream.RequestHandlerClass = LateReader
-        gate = make_gate(VLLM_ENDPOINT=upstream.url)
-        gate.upstream = upstream
-        endpoint, body = with_picture("image_url", len(PICTURE))
-        body["messages"] *= 12  # more than the kernel takes at once
-        assert relay(gate, register(gate).key, endpoint, body).status_code == 200
-        gate.settle()
+    gate = make_gate()
+    endpoint, body = with_picture("image_url", len(PICTURE))
+    body["messages"] *= 12  # more than the kernel takes at once
+    assert relay(gate, register(gate).key, endpoint, body).status_code == 200
 
 
 def test_usage_is_found_wherever_it_stands(make_gate: MakeGate) -> None:
@@ -2876,11 +2818,18 @@ def exchanges(gate: Gate) -> dict[str, Exchange]:
     return {x.headers["X-Request-Id"]: x for x in gate.upstream.asked()}
 
 
-def test_agents_get_vllms_bytes_and_exact_rows(make_gate: MakeGate) -> None:
-    """Plain and streamed; text, thoughts, tool calls, cached prompts; without a count: marked."""
-    asked = list(itertools.product(AGENTS, SHAPES + NO_COUNT, (False, True)))
+def test_answers_are_vllms_byte_by_byte_and_rows_exact(
+    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain and streamed; text, thoughts, tool calls, cached prompts.
+
+    Without a count, or with nonsense, the row is marked and within what was reserved.
+    """
+    asked = [("completions", "ok", False), ("embeddings", "ok", False)]
+    asked += itertools.product(ENDPOINTS, SHAPES + NO_COUNT, (False, True))
     gate = make_gate(MAX_REQUESTS_PER_USER=str(len(asked)))
-    user = register(gate)
+    monkeypatch.setattr(gate.upstream, "pace_s", 0.03)  # so that all are pending for a while
+    user, reserved = register(gate), dict[str, int]()
 
     def ask(number: int) -> None:
         endpoint, model, stream = case = asked[number]
@@ -2890,20 +2839,39 @@ def test_agents_get_vllms_bytes_and_exact_rows(make_gate: MakeGate) -> None:
         answer = relay(gate, user.key, f"{endpoint}?beta=true", body)
         content, row = answer.content, gate.row(answer)
         exchange = exchanges(gate)[row.request_id]
-        assert (answer.status_code, content) == (200, exchange.answer()), case
-        assert (row.status, row.endpoint, row.stream) == ("ok", endpoint, stream)
-        assert row.estimated == (model in NO_COUNT), case
+        strips = stream and endpoint == "chat/completions"  # the usage that only the gate asked for
+        expected = said_by_vllm(exchange) if strips else exchange.answer()
+        assert (answer.status_code, content) == (200, expected), case
+        assert stream or answer.headers["Content-Type"] == "application/json"
+        assert answer.headers["x-ratelimit-limit-tokens"] == "1000000"
+        assert 0 < int(answer.headers["x-ratelimit-remaining-tokens"]) <= 1000000
+        assert (row.user_id, row.status, row.endpoint, row.stream) == (
+            user.id,
+            "ok",
+            endpoint,
+            stream,
+        )
+        assert model in (row.model, "llm-user-managed") and row.estimated == (model in NO_COUNT)
         made = {"tool": 69, "thinking": 60, "v33": 5}.get(model, 20)
+        made = {"completions": 40, "embeddings": 0}.get(endpoint, made)
         if model in NO_COUNT:
-            assert row.prompt_tokens > 0 < row.completion_tokens and row.total < 700
+            assert row.prompt_tokens > 0 < row.completion_tokens, case
+            assert 20 < row.total <= min(700, reserved[row.request_id]), case
         else:
             assert (row.total, row.completion_tokens) == (exchange.tokens, made), case
 
-    in_parallel(len(asked), ask)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(in_parallel, len(asked), ask)
+        while not asking.done():
+            reserved |= {row.request_id: row.reserved for row in gate.usage() if row.reserved}
+        asking.result()
+    assert len(gate.usage()) == len(asked)
     columns = "endpoint, model, prompt_tokens, cached_tokens"
     cached = gate.rows(f"SELECT DISTINCT {columns} FROM usage WHERE cached_tokens > 0")
     both = {(endpoint, "llama", 10, 1) for endpoint in AGENTS} | {("responses", "cached", 166, 128)}
     assert set(cached) == both | {("messages", "cached", 170, 128)}  # there it is beside a prompt
+    relay(gate, user.key, "completions", {"model": "ok", "prompt": "Hello"})
+    assert gate.upstream.asked()[-1].json()["max_tokens"] == 16  # vLLM's own default there
 
 
 @pytest.mark.parametrize("endpoint", AGENTS)
@@ -3348,27 +3316,6 @@ def test_no_field_yields_more_than_is_left(gate: Gate) -> None:
     assert answer.status_code == 200, answer.text
     got = gate.upstream.asked()[-1]
     assert got.body.count(b'"max_tokens"') == 1 and got.json()["max_tokens"] == 5
-
-
-def test_answer_without_a_count_is_estimated(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client gets it, and each is charged within what was reserved."""
-    monkeypatch.setattr(gate.upstream, "pace_s", 0.03)  # so that all are pending for a while
-    cases, user = list(itertools.product(NO_COUNT, (False, True), range(3))), register(gate)
-
-    def ask(number: int) -> requests.Response:
-        model, stream, _ = cases[number]
-        with chat(gate, user.key, model, stream=stream, max_tokens=20) as answer:
-            assert answer.status_code == 200 and ANSWER.split()[0] in answer.text
-            return answer
-
-    with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(in_parallel, len(cases), ask)
-        wait_until(lambda: len(gate.usage()) == len(cases))
-        reserved = {row.request_id: row.reserved for row in gate.usage()}
-    for row in map(gate.row, asking.result()):
-        assert (row.status, row.estimated) == ("ok", 1)
-        assert 20 < row.total <= reserved[row.request_id]
-    assert gate.tokens_used(user) == sum(row.total for row in gate.usage(user)) > 12 * 20
 
 
 def test_true_count_above_the_claim_is_charged(make_gate: MakeGate) -> None:
