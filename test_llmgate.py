@@ -1972,8 +1972,15 @@ def test_forged_jwt_is_refused_at_once(gate: Gate) -> None:
 
 
 def test_each_credential_opens_its_own_calls_only(gate: Gate, user: User) -> None:
-    """A key opens no account but reads its usage; a JWT opens no model; no query opens any."""
-    token = login(gate, user)
+    """A key opens no account but reads its usage; a JWT opens no model; no query opens any.
+
+    As `x-api-key` a key opens what it does as Bearer, also where both stand.
+    """
+    token, as_header = login(gate, user), {"x-api-key": user.key}
+    for bearer, header in (("", user.key), (user.key, user.key), (user.key, "")):
+        answer = call(gate, "GET", "/v1/models", bearer, headers={"x-api-key": header})
+        assert answer.status_code == 200, (bool(bearer), bool(header))
+    assert_error(call(gate, "GET", "/users/me", headers=as_header), 401)
     for asked in ("GET /users/me", "GET /users/me/keys", "POST /users/me/api-key"):
         method, path = asked.split()
         assert_error(call(gate, method, path, user.key), 401)
@@ -1990,7 +1997,10 @@ def test_each_credential_opens_its_own_calls_only(gate: Gate, user: User) -> Non
 
 
 def test_bad_key_is_refused_before_vllm(gate: Gate, user: User) -> None:
-    """At once, and without a reason to try again. A scheme in small letters is a good one."""
+    """At once, and without a reason to try again; so are two different ones.
+
+    A scheme in small letters is a good one.
+    """
     key, body = user.key, json.dumps(chat_body()).encode()
     changed = key[:20] + ("B" if key[20] == "A" else "A") + key[21:]
     in_basic = "Basic " + base64.b64encode(f"user:{key}".encode()).decode()
@@ -2004,6 +2014,13 @@ def test_bad_key_is_refused_before_vllm(gate: Gate, user: User) -> None:
         assert_error(reply, 401)
         assert reply.headers["x-should-retry"] == "false", value
     assert_error(relay(gate, "", "chat/completions", chat_body()), 401, "missing_api_key")
+    pairs = [(key, register(gate).key), ("", key[:-1]), ("", "")]
+    for endpoint, (bearer, header) in itertools.product(("models", *ENDPOINTS), pairs):
+        method = "GET" if endpoint == "models" else "POST"
+        asked: JSONObject = {"json": body_of(endpoint), "headers": {"x-api-key": header}}
+        answer = call(gate, method, f"/v1/{endpoint}", bearer, **asked)
+        refused(endpoint, answer, 401)
+        assert answer.headers["x-should-retry"] == "false", endpoint
     assert gate.upstream.asked() == []
     headers = {"Authorization": f"bearer {key}"}
     assert call(gate, "GET", "/v1/models", headers=headers).status_code == 200
@@ -2932,24 +2949,6 @@ def test_thinking_budget_stays_below_the_bound(gate: Gate, user: User) -> None:
     assert gate.upstream.asked()[-1].json()["thinking"] == thinking  # a field like any other there
 
 
-def test_key_may_come_as_x_api_key(gate: Gate) -> None:
-    """Claude Code sends it so, or as Bearer, or both; two different keys are refused."""
-    user, other = register(gate), register(gate)
-    good = [("", user.key), (user.key, user.key), (user.key, "")]
-    bad = [(user.key, other.key), ("", user.key[:-1]), ("", "")]
-    for name, (bearer, key) in itertools.product(("models", *AGENTS), good + bad):
-        body = None if name == "models" else body_of(name)
-        method, headers = "POST" if body else "GET", {"x-api-key": key}
-        answer = call(gate, method, f"/v1/{name}", bearer, json=body, headers=headers)
-        if (bearer, key) in good:
-            assert answer.status_code == 200, (name, bool(bearer))
-        else:
-            refused(name, answer, 401)
-            assert answer.headers["x-should-retry"] == "false"
-    assert call(gate, "GET", "/users/me", headers={"x-api-key": user.key}).status_code == 401
-    assert len(gate.upstream.asked()) == 6
-
-
 @pytest.mark.parametrize("endpoint", AGENTS)
 def test_agents_stream_that_breaks_off_says_so(
     gate: ThreadedGate, user: User, endpoint: str
@@ -3177,8 +3176,6 @@ def test_forced_tool_that_vllm_refuses_when_made_is_not_free(gate: Gate, user: U
     assert (answer.status_code, answer.content) == (400, gate.upstream.asked()[-1].answer())
     row = gate.row(answer)
     assert row.estimated == 1 and 0 < row.total <= 300 + len(json.dumps(forced))
-    answer = relay(gate, user.key, "messages", forced | {"model": "e400"})
-    assert (answer.status_code, gate.row(answer).total) == (400, 0)
 
 
 HOSTILE = "we\"ird]\\/'mistral\x7f{x}\t#é"
@@ -3222,26 +3219,6 @@ def test_configurations_of_the_agents_work(make_gate: MakeGate) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Quota: `tokens_used` never passes `token_limit`, and what is left can be used.
-
-
-def race_for_quota(gates: list[Gate], user: User, limit: int) -> None:
-    """64 chats of 10 + 40 at once, spread over the gates: those that fit run, and no more."""
-    highest = 0
-    with ThreadPoolExecutor(1) as pool:
-        ask = functools.partial(chat, key=user.key, model="slow", max_tokens=40)
-        asking = pool.submit(in_parallel, 64, lambda i: ask(gates[i % len(gates)]))
-        while not asking.done():
-            highest = max(highest, gates[0].tokens_used(user))
-            time.sleep(0.02)
-    answered = [answer for answer in asking.result() if answer.status_code == 200]
-    assert len(answered) >= 18
-    for answer in asking.result():
-        if answer not in answered:
-            code = assert_error(answer, 429)["code"]
-            assert code in ("quota_reserved", "insufficient_quota")
-    gates[0].settle()
-    spent = sum(answer.json()["usage"]["total_tokens"] for answer in answered)
-    assert 0 < highest <= gates[0].tokens_used(user) == spent <= limit
 
 
 def test_one_request_does_not_claim_the_whole_quota(gate: Gate) -> None:
@@ -3318,7 +3295,7 @@ def test_true_count_is_charged_within_the_quota(make_gate: MakeGate) -> None:
             assert row.total == charged or told == 10**30 and 0 < row.total <= MAX_MODEL_LEN
             parts = f"{row.prompt_tokens}\\+{row.completion_tokens}"
             cost = f"{row.request_id} .* {parts} tokens{'' if exact else ' .estimated.'},"
-            assert re.search(cost, gate.log.read_text())
+            wait_until(lambda: re.search(cost, gate.log.read_text()))
 
 
 def test_prompt_is_counted_exactly_near_the_limit(gate: Gate) -> None:
@@ -3341,8 +3318,14 @@ def test_prompt_is_counted_exactly_near_the_limit(gate: Gate) -> None:
 PICTURE = base64.b64encode(bytes(3 << 19)).decode()  # 2 MB
 
 
-def test_commands_count_at_once_and_used_up_is_said_only_when_it_is(gate: Gate) -> None:
-    """Who still has some is told what is used, what is left, and what this request needs."""
+def test_commands_count_at_once_and_used_up_is_said_only_when_it_is(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who still has some is told what is used, what is left, and what this request needs.
+
+    A reset in a running stream balances an estimate; the count that comes later is lower.
+    """
+    monkeypatch.setattr(gate.upstream, "scale_out", True)
     user = register(gate, token_limit=30)
     spend_all(gate, user)
     run_command(gate, "set-limit", user.name, "60")
@@ -3354,30 +3337,13 @@ def test_commands_count_at_once_and_used_up_is_said_only_when_it_is(gate: Gate) 
     run_command(gate, "reset-usage", user.name)
     assert gate.tokens_used(user) == 0
     assert chat(gate, user.key, max_tokens=50).json()["usage"]["completion_tokens"] == 20
-
-
-def test_reset_while_a_stream_runs_keeps_the_books(make_gate: MakeGate) -> None:
-    """The count that comes later is lower than the estimate that the reset has balanced."""
-    go_on = threading.Event()
-
-    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        upstream.start_stream()
-        for event in (TEXT, LAST, USAGE, DONE):
-            upstream.chunk(event)
-            assert go_on.wait(10)
-        upstream.wfile.write(b"0\r\n\r\n")
-        upstream.exchange.tokens = 13
-
-    with scripted_gate(make_gate, say) as gate:
-        user = register(gate)
-        with chat(gate, user.key, stream=True, messages=user_says("word " * 400)) as running:
-            wait_until(lambda: gate.tokens_used(user) > 13, 6)  # booked so far: an estimate
-            run_command(gate, "reset-usage", user.name)
-            assert gate.tokens_used(user) == 0
-            go_on.set()
-            assert list(stream_events(running))[-1] == DONE
-        assert gate.row(running).status == "ok"
-        assert gate.tokens_used(user) <= 13
+    user = register(gate)
+    body = body_of("responses", "silent", stream=True, input="word " * 400)
+    with relay(gate, user.key, "responses", body) as running:
+        wait_until(lambda: gate.tokens_used(user) > 503, 6)  # booked so far: an estimate
+        run_command(gate, "reset-usage", user.name)
+        assert gate.tokens_used(user) == 0
+    assert gate.row(running).status == "aborted" and 0 <= gate.tokens_used(user) <= 503
 
 
 PICTURE_SHAPES = ["image_url", "image", "tool_result", "input_image", "input_file"]
@@ -3471,16 +3437,31 @@ def test_nothing_that_vllm_reads_escapes_the_count(make_gate: MakeGate) -> None:
         assert chat(gate, user.key, reasoning_effort="low", max_tokens=5).status_code == 200
 
 
+MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answers, how many
+    ("chat/completions", {"n": 16, "messages": user_says("hi"), "user": "x" * 8110}, 16),
+    ("completions", {"prompt": ["word" * 200] * 50}, 50),
+    ("completions", {"prompt": [[1] * 200] * 50}, 50),
+    ("completions", {"prompt": "hi", "prompt_embeds": ["AAAA"] * 20}, 21),
+    ("completions", {"prompt": [[1], [1] * 8000], "max_tokens": None}, 2),
+]
+
+
 def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) -> None:
-    """Never for more, which some servers refuse; nor less, where a server tells no context."""
+    """Never for more, which some servers refuse; nor less, where a server tells no context.
+
+    Of many answers to one request each has the context for itself: what a prompt takes of it does
+    not bound the others.
+    """
     asked: list[int] = []
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        asked.append(body.get("max_tokens", 0))
-        upstream.say_whole(9007, min(asked[-1], 180_000) or 1)
+        asked.append(body.get("max_tokens") or MAX_MODEL_LEN)
+        many = body["model"] == "ok"
+        upstream.say_whole(10 if many else 9007, 1 if many else min(asked[-1], 180_000))
 
     told, untold = {"id": "told", "max_model_len": 32768}, {"id": "untold"}
-    with scripted_gate(make_gate, say, told, untold) as gate:
+    listed = {"id": "ok", "max_model_len": MAX_MODEL_LEN}
+    with scripted_gate(make_gate, say, told, untold, listed) as gate:
         for left in (50_000, 100_000, 115_000, 131_000, 1_000_000):
             key = register(gate, token_limit=left).key
             assert chat(gate, key, "told", messages=user_says("word" * 9007)).status_code == 200
@@ -3491,34 +3472,14 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
         gate.settle()
         assert asked[-2] < 400_000 and asked[-1] == 200_000
         assert gate.tokens_used(rich) == 189_007  # all of it, though the prompt looked short
-
-
-MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answers, how many
-    ("chat/completions", {"n": 16, "messages": user_says("hi"), "user": "x" * 8110}, 16),
-    ("completions", {"prompt": ["word" * 200] * 50}, 50),
-    ("completions", {"prompt": [[1] * 200] * 50}, 50),
-    ("completions", {"prompt": "hi", "prompt_embeds": ["AAAA"] * 20}, 21),
-    ("completions", {"prompt": [[1], [1] * 8000], "max_tokens": None}, 2),
-]
-
-
-def test_all_answers_to_one_request_stay_within_the_quota(make_gate: MakeGate) -> None:
-    """Each has the context for itself: what a prompt takes of it does not bound the others."""
-    asked: list[int] = []
-
-    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        asked.append(body.get("max_tokens") or MAX_MODEL_LEN)
-        upstream.say_whole(10, 1)
-
-    with scripted_gate(make_gate, say) as gate:
         for (endpoint, body, answers), limit in itertools.product(MANY, (12_000, 1_000_000)):
-            user = register(gate, token_limit=limit)
+            user, case = register(gate, token_limit=limit), (endpoint, answers, limit)
             answer = relay(gate, user.key, endpoint, body_of(endpoint, most=8000) | body)
             assert answer.status_code == 200, answer.text
-            assert answers < answers * asked[-1] <= limit, (endpoint, answers)
+            assert answers < answers * asked[-1] <= limit, case
             longest = max(map(len, body.get("prompt", [""])))
-            assert limit < 10**6 or 500 < asked[-1] or longest == 8000, (endpoint, answers)
-            assert limit > 12_000 or asked[-1] + longest <= MAX_MODEL_LEN, (endpoint, answers)
+            assert limit < 10**6 or 500 < asked[-1] or longest == 8000, case
+            assert limit > 12_000 or asked[-1] + longest <= MAX_MODEL_LEN, case
         no_prompts = {"prompt": [True, None]}  # which vLLM refuses
         key, body = register(gate, token_limit=12_000).key, body_of("completions", most=8000)
         assert relay(gate, key, "completions", body | no_prompts).status_code == 200
@@ -3640,7 +3601,7 @@ def test_gates_on_one_database_are_one(
 ) -> None:
     """A gate and one of four processes: one quota, one period, five wrong passwords for all.
 
-    SIGTERM ends all of the four.
+    Of 64 chats of 10 + 40 at once those that fit run, and no more. SIGTERM ends all of the four.
     """
     clock = Clock(tmp_path, "2027-03-31 23:59:00")
     env = shared_env | clock.env | {"QUOTA_PERIOD": "month", "MAX_REQUESTS_PER_USER": "64"}
@@ -3654,7 +3615,21 @@ def test_gates_on_one_database_are_one(
     clock.set("2027-04-01 00:00:01")
     for user, gate in zip(users, (one, two, two), strict=True):
         spend_all(gate, user)
-    race_for_quota([one, two], racer, 1000)  # and all have looked at the clock
+    ask = functools.partial(chat, key=racer.key, model="slow", max_tokens=40)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(in_parallel, 64, lambda i: ask((one, two)[i % 2]))
+        while not asking.done():
+            assert one.tokens_used(racer) <= 1000
+            time.sleep(0.02)
+    answered = [answer for answer in asking.result() if answer.status_code == 200]
+    assert len(answered) >= 18
+    for answer in asking.result():
+        if answer not in answered:
+            code = assert_error(answer, 429)["code"]
+            assert code in ("quota_reserved", "insufficient_quota")
+    one.settle()  # and all have looked at the clock
+    spent = sum(answer.json()["usage"]["total_tokens"] for answer in answered)
+    assert one.tokens_used(racer) == spent <= 1000
     assert resets(one) == [(user.id, -30) for user in users]
     assert {one.tokens_used(user) for user in users} == {30}
     workers = two.workers()
