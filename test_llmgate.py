@@ -2846,7 +2846,7 @@ def test_answers_are_vllms_byte_by_byte_and_rows_exact(
     asked = [("completions", "ok", False), ("embeddings", "ok", False)]
     asked += itertools.product(ENDPOINTS, SHAPES + NO_COUNT, (False, True))
     gate = make_gate(MAX_REQUESTS_PER_USER=str(len(asked)))
-    monkeypatch.setattr(gate.upstream, "pace_s", 0.03)  # so that all are pending for a while
+    monkeypatch.setattr(gate.upstream, "pace_s", 0.05)  # so that all are pending for a while
     user, reserved = register(gate), dict[str, int]()
 
     def ask(number: int) -> None:
@@ -2878,6 +2878,7 @@ def test_answers_are_vllms_byte_by_byte_and_rows_exact(
         asking = pool.submit(in_parallel, len(asked), ask)
         while not asking.done():
             reserved |= {row.request_id: row.reserved for row in gate.usage() if row.reserved}
+            time.sleep(0.05)
         asking.result()
     assert len(gate.usage()) == len(asked)
     columns = "endpoint, model, prompt_tokens, cached_tokens"
@@ -3285,7 +3286,7 @@ def test_true_count_is_charged_within_the_quota(make_gate: MakeGate) -> None:
     Of a batch of embeddings token ids count by their number, each text for itself. A text may be
     longer than the context, if vLLM reads it in chunks. The log tells what was booked.
     """
-    counts = iter([told for *_, told, _ in TOLD])
+    counts, costs = iter([told for *_, told, _ in TOLD]), []
     with scripted_gate(make_gate, lambda up, _: up.say_whole(next(counts), 1)) as gate:
         for limit, endpoint, body, told, charged in TOLD:
             answer = relay(gate, register(gate, token_limit=limit).key, endpoint, body)
@@ -3293,9 +3294,12 @@ def test_true_count_is_charged_within_the_quota(make_gate: MakeGate) -> None:
             row, exact = gate.row(answer), told < charged
             assert row.estimated == (not exact), (limit, endpoint)
             assert row.total == charged or told == 10**30 and 0 < row.total <= MAX_MODEL_LEN
-            parts = f"{row.prompt_tokens}\\+{row.completion_tokens}"
-            cost = f"{row.request_id} .* {parts} tokens{'' if exact else ' .estimated.'},"
-            wait_until(lambda: re.search(cost, gate.log.read_text()))
+            cost = f" {row.prompt_tokens}+{row.completion_tokens} tokens"
+            costs.append((row.request_id, cost + (" (estimated)," if not exact else ",")))
+        wait_until(lambda: costs[-1][0] in gate.log.read_text())
+    lines = gate.log.read_text().splitlines()
+    for name, cost in costs:
+        assert any(name in line and cost in line for line in lines), cost
 
 
 def test_prompt_is_counted_exactly_near_the_limit(gate: Gate) -> None:
@@ -3313,9 +3317,6 @@ def test_prompt_is_counted_exactly_near_the_limit(gate: Gate) -> None:
     refused = chat(gate, user.key, messages=user_says("." * 1200))
     assert_error(refused, 429, "insufficient_quota")
     assert len(gate.upstream.asked()) == 4
-
-
-PICTURE = base64.b64encode(bytes(3 << 19)).decode()  # 2 MB
 
 
 def test_commands_count_at_once_and_used_up_is_said_only_when_it_is(
@@ -3346,6 +3347,7 @@ def test_commands_count_at_once_and_used_up_is_said_only_when_it_is(
     assert gate.row(running).status == "aborted" and 0 <= gate.tokens_used(user) <= 503
 
 
+PICTURE = base64.b64encode(bytes(3 << 19)).decode()  # 2 MB
 PICTURE_SHAPES = ["image_url", "image", "tool_result", "input_image", "input_file"]
 
 
@@ -3360,14 +3362,14 @@ def with_picture(shape: str, size: int) -> tuple[str, JSONObject]:
         "input_image": {"image_url": url},
         "input_file": {"filename": "a.png", "file_data": url},
     }
-    said = [{"role": "user", "content": [{"type": shape} | parts[shape]]}]
+    said = user_says([{"type": shape} | parts[shape]])
     if shape.startswith("input"):
         return "responses", {"model": "ok", "max_output_tokens": 16, "input": said}
     endpoint = "chat/completions" if shape == "image_url" else "messages"
     return endpoint, {"model": "ok", "max_tokens": 16, "messages": said}
 
 
-def test_picture_is_not_counted_by_its_bytes(make_gate: MakeGate) -> None:
+def test_picture_is_not_counted_by_its_bytes(gate: Gate) -> None:
     """Relayed near the limit; left in the prefill it costs the model's context at most."""
 
     def ask(number: int) -> None:
@@ -3382,7 +3384,6 @@ def test_picture_is_not_counted_by_its_bytes(make_gate: MakeGate) -> None:
         assert (row.status, row.estimated) == ("aborted", 1)
         assert 0 < row.total <= MAX_MODEL_LEN + 16
 
-    gate = make_gate()
     limits = [1_000_000, 30_000] * len(PICTURE_SHAPES)
     users = [register(gate, token_limit=limit) for limit in limits]
     in_parallel(len(users), ask)
