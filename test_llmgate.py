@@ -1972,10 +1972,7 @@ def test_forged_jwt_is_refused_at_once(gate: Gate) -> None:
 
 
 def test_each_credential_opens_its_own_calls_only(gate: Gate, user: User) -> None:
-    """A key opens no account but reads its usage; a JWT opens no model; no query opens any.
-
-    As `x-api-key` a key opens what it does as Bearer, also where both stand.
-    """
+    """A key, also as `x-api-key`, opens /v1 and its usage, a JWT the account; a query neither."""
     token, as_header = login(gate, user), {"x-api-key": user.key}
     for bearer, header in (("", user.key), (user.key, user.key), (user.key, "")):
         answer = call(gate, "GET", "/v1/models", bearer, headers={"x-api-key": header})
@@ -1997,10 +1994,7 @@ def test_each_credential_opens_its_own_calls_only(gate: Gate, user: User) -> Non
 
 
 def test_bad_key_is_refused_before_vllm(gate: Gate, user: User) -> None:
-    """At once, and without a reason to try again; so are two different ones.
-
-    A scheme in small letters is a good one.
-    """
+    """At once, and without a reason to try again. A scheme in small letters is a good one."""
     key, body = user.key, json.dumps(chat_body()).encode()
     changed = key[:20] + ("B" if key[20] == "A" else "A") + key[21:]
     in_basic = "Basic " + base64.b64encode(f"user:{key}".encode()).decode()
@@ -2346,10 +2340,7 @@ def named_event(type: str, **fields: object) -> bytes:
 
 
 def test_end_of_a_broken_response_is_seen_and_its_text_counts_once(make_gate: MakeGate) -> None:
-    """Its events tell all of it thrice before the last one, with the usage, which does not come.
-
-    Nor does a text that is named like an event hide an end that comes with it.
-    """
+    """It was told thrice by then. Nor does a text named like an event hide the end beside it."""
     told = ResponseAnswer(body_of("responses"), Behaviour())
     told.made = 20
     whole = re.findall(rb"(?s).*?\n\n", b"".join(event for _, event in told.events()))
@@ -2392,10 +2383,7 @@ VLLM_SAYS: list[tuple[int, str | bytes, str, bool]] = [  # status, words or body
 
 
 def test_refusals_of_vllm_keep_their_status_and_its_faults_are_502(make_gate: MakeGate) -> None:
-    """Free, or an estimate if vLLM began an answer. No redirect is followed with the gate's key.
-
-    `Retry-After` passes. OpenCode finds a full context in a 400, never in a 429, whatever its words.
-    """
+    """`Retry-After` passes, no redirect is followed; free, or an estimate if an answer began."""
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
         status, said, _, _ = VLLM_SAYS[body["seed"]]
@@ -2704,10 +2692,7 @@ DEEP = COUNT[:-1] + b',"prompt_tokens_details":{"cached":{"by":{"usage":null}}}}
 def test_only_a_400_that_names_the_option_ends_running_counts(
     make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unlucky first request changes nothing for others; and after a while it is tried again.
-
-    Nor does a request whose own words, which vLLM's error repeats, name the option.
-    """
+    """Not one that repeats the caller's own words; and after a while it is tried again."""
     monkeypatch.setattr(llmgate, "RETRY_OPTION_S", 0.3)  # not to wait for 10 minutes
     words = [CONTEXT_ERROR, "stream_options: continuous_usage_stats is not permitted"]
 
@@ -2839,10 +2824,7 @@ def exchanges(gate: Gate) -> dict[str, Exchange]:
 def test_answers_are_vllms_byte_by_byte_and_rows_exact(
     make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain and streamed; text, thoughts, tool calls, cached prompts.
-
-    Without a count, or with nonsense, the row is marked and within what was reserved.
-    """
+    """Plain and streamed; without a count, or with nonsense, a row is marked, within its claim."""
     asked = [("completions", "ok", False), ("embeddings", "ok", False)]
     asked += itertools.product(ENDPOINTS, SHAPES + NO_COUNT, (False, True))
     gate = make_gate(MAX_REQUESTS_PER_USER=str(len(asked)))
@@ -2891,10 +2873,7 @@ def test_answers_are_vllms_byte_by_byte_and_rows_exact(
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_quota_ends_exactly(gate: Gate, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    """The last answer is cut to what is left, which may be 5 tokens of 5000; then vLLM rests.
-
-    Claude Code asks for 128,000 tokens, Codex for no bound: they get what the context holds.
-    """
+    """The last answer is cut to what is left; no more than the context holds is ever asked for."""
     monkeypatch.setattr(gate.upstream, "scale_out", True)
     bound = BOUND_NAMES.get(endpoint, "max_tokens")
     rich, user = register(gate), register(gate, token_limit=105)
@@ -2931,12 +2910,8 @@ def test_quota_ends_exactly(gate: Gate, monkeypatch: pytest.MonkeyPatch, endpoin
 def test_thinking_budget_stays_below_the_bound(gate: Gate, user: User) -> None:
     """Also where the bound is lowered; where less than Anthropic's least is left, it is refused."""
     nearly, poor = register(gate, token_limit=1_100), register(gate, token_limit=500)
-    for who, most, budget in (
-        (user, 32_000, 31_999),
-        (user, 32_000, 2_000),
-        (user, 1_025, 1_024),
-        (nearly, 32_000, 4_000),
-    ):
+    cases = [(user, 32_000, 31_999), (user, 32_000, 2_000), (user, 1_025, 1_024)]
+    for who, most, budget in [*cases, (nearly, 32_000, 4_000)]:
         thinking = {"type": "enabled", "budget_tokens": budget}
         body = body_of("messages", most=most, thinking=thinking)
         assert relay(gate, who.key, "messages", body).status_code == 200
@@ -3065,10 +3040,7 @@ def test_prompts_whose_answers_never_began_are_charged(
 def test_vllm_that_comes_back_is_asked_again_what_it_can(
     make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody restarts it with --enable-scale-out: the next row is exact.
-
-    If the gate did not see it down, because nobody asked anything, after a while.
-    """
+    """With --enable-scale-out now: the next row is exact; if nobody saw it down, after a while."""
     with Upstream() as before:
         gate = make_gate(VLLM_ENDPOINT=before.url)
         user = register(gate)
@@ -3129,45 +3101,41 @@ def test_silent_stream_is_kept_alive_between_whole_events(
             assert received[0] not in said and 3 <= len(received) - len(said) <= 15
 
 
-def test_counting_is_free(gate: Gate) -> None:
+def test_counting_is_free_but_not_without_bounds(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claude Code asks 24 times for /context: beside 16 relays, and even without a quota."""
+    gate.expected_5xx, go_on = {503}, threading.Event()
     user, poor = register(gate), register(gate, token_limit=1)
     body, path = body_of("messages", "llm-user-managed"), "messages/count_tokens"
-    with contextlib.ExitStack() as stack:
+
+    def count_late(upstream: UpstreamHandler, body: JSONObject) -> None:
+        assert go_on.wait(10)
+        upstream.reply_json(200, {"input_tokens": sum(prompt_tokens(body))})
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(24) as pool:
         for _ in range(16):
             running = body_of("messages", "silent", stream=True)
             stack.enter_context(relay(gate, user.key, "messages", running))
-        answers = in_parallel(24, lambda _: relay(gate, user.key, path, body))
-        answers.append(relay(gate, poor.key, path, body))
+        monkeypatch.setattr(gate.upstream, "say", count_late)
+        counts = [pool.submit(relay, gate, user.key, path, body) for _ in range(24)]
+        wait_until(lambda: gate.upstream.running() == 16 + 24)
+        refused(path, relay(gate, user.key, path, body), 503)  # for they hold 24 of 32 threads
+        go_on.set()
+        answers = [count.result() for count in counts] + [relay(gate, poor.key, path, body)]
         assert {answer.json()["input_tokens"] for answer in answers} == {10}
         for endpoint in AGENTS:
             answer = relay(gate, user.key, endpoint, body_of(endpoint))
             refused(endpoint, answer, 429, "rate_limit_exceeded")
         assert len(gate.usage()) == 16 and gate.usage(poor) == []
+    monkeypatch.undo()
+    answer = relay(gate, user.key, path, body)
     counted = [x for x in gate.upstream.exchanges if x.path == COUNT_PATH]
-    assert answers[0].content == counted[-1].answer()
+    assert answer.content == counted[-1].answer()
     assert {x.json()["model"] for x in counted} == {"ok"}
     for model, status in (("no-such", 404), (5, 400)):
         refused(path, relay(gate, user.key, path, body | {"model": model}), status)
     refused(path, relay(gate, "", path, body), 401)
-
-
-def test_only_so_many_are_counted_at_once(make_gate: MakeGate) -> None:
-    """They hold threads: 24 of the gate's 32 that no relay takes."""
-    go_on = threading.Event()
-
-    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        assert go_on.wait(10)
-        upstream.reply_json(200, {"input_tokens": 10})
-
-    with scripted_gate(make_gate, say) as gate, ThreadPoolExecutor(24) as pool:
-        ask = functools.partial(relay, gate, register(gate).key, "messages/count_tokens")
-        answers = [pool.submit(ask, body_of("messages")) for _ in range(24)]
-        wait_until(lambda: len(gate.upstream.exchanges) >= 24)
-        refused("messages", ask(body_of("messages")), 503)
-        go_on.set()
-        assert {answer.result().status_code for answer in answers} == {200}
-        gate.expected_5xx = {503}
 
 
 def test_forced_tool_that_vllm_refuses_when_made_is_not_free(gate: Gate, user: User) -> None:
@@ -3246,10 +3214,7 @@ BOUNDS: list[tuple[JSONObject, int]] = [  # and what is made where 15 tokens are
 
 
 def test_no_field_yields_more_than_is_left(gate: Gate) -> None:
-    """Whichever of them vLLM obeys; `n: 5` costs the prompt once and five completions.
-
-    Of a field that stands twice vLLM gets the last one, once; `max_tokens: 0` is free.
-    """
+    """Whichever vLLM obeys, also of one that stands twice; `n: 5` costs the prompt once."""
     user = register(gate)
     assert chat(gate, user.key, max_tokens=0).status_code == 400
     gate.settle()
@@ -3281,11 +3246,7 @@ TOLD: list[tuple[int, str, JSONObject, int, int]] = [  # limit, what is asked, t
 
 
 def test_true_count_is_charged_within_the_quota(make_gate: MakeGate) -> None:
-    """A chat template may add more than the bytes of the JSON; an absurd count is no count.
-
-    Of a batch of embeddings token ids count by their number, each text for itself. A text may be
-    longer than the context, if vLLM reads it in chunks. The log tells what was booked.
-    """
+    """Also above the claim, as with a chat template, or of a batch; an absurd one is no count."""
     counts, costs = iter([told for *_, told, _ in TOLD]), []
     with scripted_gate(make_gate, lambda up, _: up.say_whole(next(counts), 1)) as gate:
         for limit, endpoint, body, told, charged in TOLD:
@@ -3322,10 +3283,7 @@ def test_prompt_is_counted_exactly_near_the_limit(gate: Gate) -> None:
 def test_commands_count_at_once_and_used_up_is_said_only_when_it_is(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who still has some is told what is used, what is left, and what this request needs.
-
-    A reset in a running stream balances an estimate; the count that comes later is lower.
-    """
+    """Who has some left is told how much. A reset in a stream may balance more than it made."""
     monkeypatch.setattr(gate.upstream, "scale_out", True)
     user = register(gate, token_limit=30)
     spend_all(gate, user)
@@ -3413,10 +3371,7 @@ LARGE: list[tuple[str, JSONObject]] = [
 
 
 def test_nothing_that_vllm_reads_escapes_the_count(make_gate: MakeGate) -> None:
-    """Whatever else the body holds; what a template may render counts by its bytes.
-
-    So does what no model sees as a picture: its words as a text or elsewhere, and a video.
-    """
+    """What a template may render counts by its bytes; so does what no model sees as a picture."""
     listed = {"id": "ok", "max_model_len": 131072}
     endpoint, pictured = with_picture("image_url", 1000)
     url = "data:image/png;base64," + PICTURE[:200_000]
@@ -3448,11 +3403,7 @@ MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answ
 
 
 def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) -> None:
-    """Never for more, which some servers refuse; nor less, where a server tells no context.
-
-    Of many answers to one request each has the context for itself: what a prompt takes of it does
-    not bound the others.
-    """
+    """Never for more, which some servers refuse, nor less; of many answers each has the context."""
     asked: list[int] = []
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
@@ -3489,11 +3440,7 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
 def test_counting_costs_vllm_no_more_than_answering(
     make_gate: MakeGate, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts to count are admitted like requests; who has nothing left costs nothing.
-
-    Of thousands in one request none is counted, nor of more than there are tokens left, nor the
-    rest of them when the caller has left.
-    """
+    """As many at once as requests; none for who has nothing left or has gone, nor of thousands."""
     monkeypatch.setattr(upstream, "count_s", 0.3)
     gate = make_gate(MAX_REQUESTS_PER_USER="3")
     user, spent = register(gate, token_limit=100), register(gate, token_limit=30)
@@ -3600,10 +3547,7 @@ def test_quota_begins_again_each_day(start_process: StartProcess, tmp_path: Path
 def test_gates_on_one_database_are_one(
     shared_env: dict[str, str], start_process: StartProcess, tmp_path: Path
 ) -> None:
-    """A gate and one of four processes: one quota, one period, five wrong passwords for all.
-
-    Of 64 chats of 10 + 40 at once those that fit run, and no more. SIGTERM ends all of the four.
-    """
+    """A gate and one of four processes: one quota, period and five guesses. SIGTERM ends all."""
     clock = Clock(tmp_path, "2027-03-31 23:59:00")
     env = shared_env | clock.env | {"QUOTA_PERIOD": "month", "MAX_REQUESTS_PER_USER": "64"}
     (tmp_path / "two").mkdir()
