@@ -1908,9 +1908,7 @@ def test_bad_body_is_refused_by_every_call(gate: Gate, user: User) -> None:
     assert [x.json() for x in gate.upstream.asked()] == [chat_body()]
 
 
-def test_unknown_name_and_wrong_password_look_the_same(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_name_is_like_a_wrong_password(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answer in the same time, so that names cannot be guessed."""
     monkeypatch.setattr(llmgate, "BCRYPT_ROUNDS", ROUNDS)
     bodies = set()
@@ -2084,19 +2082,26 @@ def test_named_keys_are_listed_and_revoked(gate: Gate) -> None:
     make("there is room again")
 
 
-def test_new_password_ends_every_older_jwt(gate: Gate, user: User) -> None:
-    """A stolen JWT is of no use any more; the API key works on."""
+def test_new_password_ends_every_older_jwt_and_disable_all(gate: Gate, user: User) -> None:
+    """A stolen JWT is of no use any more; the API key works on, until the operator disables it."""
     old = login(gate, user)
     body = {"old_password": PASSWORD, "new_password": PASSWORD + "-2"}
     wrong = call(gate, "POST", "/auth/password", old, json=body | {"old_password": "wrong-one"})
     assert_error(wrong, 401)
     answer = call(gate, "POST", "/auth/password", old, json=body)
     assert answer.status_code == 200, answer.text
-    gate.secrets.add(answer.json()["access_token"])
+    token = answer.json()["access_token"]
+    gate.secrets.add(token)
     assert_error(call(gate, "GET", "/users/me", old), 401, "invalid_token")
-    assert call(gate, "GET", "/users/me", answer.json()["access_token"]).status_code == 200
+    assert call(gate, "GET", "/users/me", token).status_code == 200
     assert_error(try_login(gate, user.name, PASSWORD), 401, "invalid_credentials")
     assert try_login(gate, user.name, PASSWORD + "-2").status_code == 200
+    assert chat(gate, user.key).status_code == 200
+    run_command(gate, "disable", user.name)
+    answers = [call(gate, "GET", "/users/me", token), call(gate, "GET", "/v1/models", user.key)]
+    for answer in [*answers, try_login(gate, user.name, PASSWORD + "-2")]:
+        assert_error(answer, 403, "account_disabled")
+    run_command(gate, "enable", user.name)
     assert chat(gate, user.key).status_code == 200
 
 
@@ -2140,17 +2145,6 @@ def test_guesses_are_counted_before_they_are_tried(gate: Gate, user: User) -> No
     lines = [line for line in gate.log.read_text().splitlines() if "/auth/token" in line]
     assert all("127.0.0.1" in line and "no name" not in line for line in lines)
     assert [" 401 " in line for line in lines if "mallory" in line] == [True]
-
-
-def test_disabled_account_is_refused(gate: Gate, user: User) -> None:
-    """The operator's `disable` stops login, JWT and key."""
-    token = login(gate, user)
-    run_command(gate, "disable", user.name)
-    answers = [call(gate, "GET", "/users/me", token), call(gate, "GET", "/v1/models", user.key)]
-    for answer in [*answers, try_login(gate, user.name, PASSWORD)]:
-        assert_error(answer, 403, "account_disabled")
-    run_command(gate, "enable", user.name)
-    assert chat(gate, user.key).status_code == 200
 
 
 def test_registration_by_invitation(start_process: StartProcess) -> None:
@@ -2360,10 +2354,8 @@ def test_end_of_a_broken_response_is_seen_and_its_text_counts_once(make_gate: Ma
 
     with scripted_gate(make_gate, say) as gate:
         user = register(gate)
-        cut, own = [
-            relay(gate, user.key, "responses", body_of("responses", stream=True, seed=seed))
-            for seed in (0, 1)
-        ]
+        ask = functools.partial(relay, gate, user.key, "responses")
+        cut, own = [ask(body_of("responses", stream=True, seed=seed)) for seed in (0, 1)]
         assert b"event: response.failed" in cut.content and own.content == begun + ended
         assert 20 <= gate.row(cut).completion_tokens <= 30
         for answer in (cut, own):
@@ -2438,9 +2430,7 @@ def test_gate_goes_on_when_vllm_comes(make_gate: MakeGate) -> None:
     assert_error(chat(gate, poor.key), 502, "upstream_unavailable")  # who would count the prompt?
 
 
-def test_server_killed_under_load_fails_its_own_requests_only(
-    make_gate: MakeGate, upstream: Upstream
-) -> None:
+def test_killed_server_fails_its_own_requests_only(make_gate: MakeGate, upstream: Upstream) -> None:
     """Two servers beside one that is down; the killed one takes its models away, and returns."""
     dead = "http://127.0.0.1:1"
     with Upstream() as killed, Upstream() as other, ThreadPoolExecutor(8) as pool:
@@ -2743,9 +2733,7 @@ def passed_on(event: bytes, asked: bool) -> JSONObject | None:
     return body if body["choices"] or asked else None
 
 
-def test_large_request_may_take_longer_than_a_silence(
-    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_upload_may_take_longer(make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only UPSTREAM_TIMEOUT bounds an upload, not the time after which silence has a comment."""
 
     def read_late(upstream: UpstreamHandler) -> None:
@@ -2821,9 +2809,7 @@ def exchanges(gate: Gate) -> dict[str, Exchange]:
     return {x.headers["X-Request-Id"]: x for x in gate.upstream.asked()}
 
 
-def test_answers_are_vllms_byte_by_byte_and_rows_exact(
-    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_and_rows_are_vllms(make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain and streamed; without a count, or with nonsense, a row is marked, within its claim."""
     asked = [("completions", "ok", False), ("embeddings", "ok", False)]
     asked += itertools.product(ENDPOINTS, SHAPES + NO_COUNT, (False, True))
@@ -2926,9 +2912,7 @@ def test_thinking_budget_stays_below_the_bound(gate: Gate, user: User) -> None:
 
 
 @pytest.mark.parametrize("endpoint", AGENTS)
-def test_agents_stream_that_breaks_off_says_so(
-    gate: ThreadedGate, user: User, endpoint: str
-) -> None:
+def test_stream_of_agents_that_breaks_off(gate: ThreadedGate, user: User, endpoint: str) -> None:
     """So that the client tries again, also when the gate ends; vLLM's own error is not doubled."""
     for model in ("die", "dieclean", "midstream", "silent"):
         answer = relay(gate, user.key, endpoint, body_of(endpoint, model, 30, stream=True))
@@ -3024,22 +3008,18 @@ def test_request_that_is_left_ends_and_is_charged(
         assert 0 < asked == [x.path for x in upstream.exchanges].count(ABORT_PATH)
 
 
-def test_prompts_whose_answers_never_began_are_charged(
-    gate: Gate, user: User, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_without_answers_are_charged(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM has read all of a list, but tells each prompt with its own answers only."""
     monkeypatch.setattr(gate.upstream, "pace_s", 2.0)  # a second until the first one's token
     body: JSONObject = {"model": "ok", "stream": True, "prompt": [[1] * 300, [2] * 400]}
-    with relay(gate, user.key, "completions", body) as running:
+    with relay(gate, register(gate).key, "completions", body) as running:
         next(stream_events(running))
     row = gate.row(running)
     assert (row.status, row.estimated) == ("aborted", 1)
     assert row.prompt_tokens >= 700 and row.completion_tokens == 1
 
 
-def test_vllm_that_comes_back_is_asked_again_what_it_can(
-    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_restarted_vllm_is_asked_anew(make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --enable-scale-out now: the next row is exact; if nobody saw it down, after a while."""
     with Upstream() as before:
         gate = make_gate(VLLM_ENDPOINT=before.url)
@@ -3069,9 +3049,7 @@ def test_vllm_that_comes_back_is_asked_again_what_it_can(
         gate.settle()
 
 
-def test_silent_stream_is_kept_alive_between_whole_events(
-    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_stream_is_kept_alive(make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its headers come with vLLM's; then a comment after so much silence, never inside an event."""
     monkeypatch.setattr(llmgate, "PING_S", 0.07)
     all_begun = threading.Barrier(1 + len(ENDPOINTS))
@@ -3101,9 +3079,7 @@ def test_silent_stream_is_kept_alive_between_whole_events(
             assert received[0] not in said and 3 <= len(received) - len(said) <= 15
 
 
-def test_counting_is_free_but_not_without_bounds(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counting_is_free_and_bounded(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claude Code asks 24 times for /context: beside 16 relays, and even without a quota."""
     gate.expected_5xx, go_on = {503}, threading.Event()
     user, poor = register(gate), register(gate, token_limit=1)
@@ -3280,10 +3256,8 @@ def test_prompt_is_counted_exactly_near_the_limit(gate: Gate) -> None:
     assert len(gate.upstream.asked()) == 4
 
 
-def test_commands_count_at_once_and_used_up_is_said_only_when_it_is(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who has some left is told how much. A reset in a stream may balance more than it made."""
+def test_used_up_is_said_only_when_it_is(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands count at once, also a reset of more than a running stream has made at last."""
     monkeypatch.setattr(gate.upstream, "scale_out", True)
     user = register(gate, token_limit=30)
     spend_all(gate, user)
