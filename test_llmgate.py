@@ -2607,18 +2607,6 @@ def test_models_are_listed_with_aliases_and_without_paths(make_gate: MakeGate) -
         assert gate.upstream.asked()[-1].json()["model"] == gate.row(answer).model == name
 
 
-def test_model_that_makes_no_sense_takes_no_other_along(make_gate: MakeGate) -> None:
-    """An entry without a name is passed over, a context that is no number counts as not told."""
-    odd: list[Any] = [None, "ok", {"object": "model"}, {"id": 7}]
-    odd.append({"id": "odd", "max_model_len": "8"})
-    with scripted_gate(make_gate, lambda up, _: up.say_whole(), *odd, {"id": "ok"}) as gate:
-        user = register(gate)
-        listed = call(gate, "GET", "/v1/models", user.key).json()["data"]
-        assert listed == [{"id": "odd"}, {"id": "ok"}, {"id": "llm-user-managed"}]
-        for model in ("odd", "ok"):
-            assert chat(gate, user.key, model).status_code == 200
-
-
 UNKNOWN_PATHS = [
     "POST /invocations", "GET /metrics", "POST /tokenize", "POST /pause", "GET /no-such-page",
     "POST /v1/load_lora_adapter", "POST /v1/chat/completions/batch", "POST /v1/../tokenize",
@@ -3377,8 +3365,12 @@ MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answ
 
 
 def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) -> None:
-    """Never for more, which some servers refuse, nor less; of many answers each has the context."""
+    """Never for more, which some servers refuse, nor less; of many answers each has the context.
+
+    An entry of the list without a name is passed over, a context that is no number not told.
+    """
     asked: list[int] = []
+    odd: list[Any] = [None, "ok", {"object": "model"}, {"id": 7}]
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
         asked.append(body.get("max_tokens") or MAX_MODEL_LEN)
@@ -3386,18 +3378,23 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
         upstream.say_whole(10 if many else 9007, 1 if many else min(asked[-1], 180_000))
 
     told, untold = {"id": "told", "max_model_len": 32768}, {"id": "untold"}
-    listed = {"id": "ok", "max_model_len": MAX_MODEL_LEN}
-    with scripted_gate(make_gate, say, told, untold, listed) as gate:
+    listed = [told, untold, {"id": "odd"}, {"id": "ok", "max_model_len": MAX_MODEL_LEN}]
+    odd += [told, untold, {"id": "odd", "max_model_len": "8"}, listed[-1]]
+    with scripted_gate(make_gate, say, *odd) as gate:
+        seen = call(gate, "GET", "/v1/models", register(gate).key).json()["data"]
+        assert seen == [*listed, {"id": "llm-user-managed", "max_model_len": 32768}]
         for left in (50_000, 100_000, 115_000, 131_000, 1_000_000):
             key = register(gate, token_limit=left).key
             assert chat(gate, key, "told", messages=user_says("word" * 9007)).status_code == 200
         assert max(asked) <= 32768 - 9007
         poor, rich = register(gate, token_limit=400_000), register(gate)
         assert chat(gate, poor.key, "untold", max_tokens=550_000).status_code == 200
-        assert chat(gate, rich.key, "untold", max_tokens=200_000).status_code == 200
+        assert 9007 < asked[-1] < 400_000
+        for model in ("untold", "odd"):
+            assert chat(gate, rich.key, model, max_tokens=200_000).status_code == 200
+            assert asked[-1] == 200_000
         gate.settle()
-        assert asked[-2] < 400_000 and asked[-1] == 200_000
-        assert gate.tokens_used(rich) == 189_007  # all of it, though the prompt looked short
+        assert gate.tokens_used(rich) == 2 * 189_007  # all, though the prompt looked short
         for (endpoint, body, answers), limit in itertools.product(MANY, (12_000, 1_000_000)):
             user, case = register(gate, token_limit=limit), (endpoint, answers, limit)
             answer = relay(gate, user.key, endpoint, body_of(endpoint, most=8000) | body)
@@ -3557,15 +3554,15 @@ def test_gates_on_one_database_are_one(
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
-PERIODS = {  # {moment: when the quota begins again}
-    "day": {"2028-02-28 23:59:30": "2028-02-29", "2027-12-31 00:00:00": "2028-01-01"},
-    "week": {"2026-11-30 00:00:05": "2026-12-07", "2027-12-28 12:00:00": "2028-01-03"},
-    "month": {
-        "2027-01-31 23:59:30": "2027-02-01",
-        "2028-02-29 12:00:00": "2028-03-01",
-        "2027-12-01 00:00:05": "2028-01-01",
-    },
-}
+PERIODS = [  # a moment, and when the quota begins again
+    ("day", "2028-02-28 23:59:30", "2028-02-29"),
+    ("day", "2027-12-31 00:00:00", "2028-01-01"),
+    ("week", "2026-11-30 00:00:05", "2026-12-07"),
+    ("week", "2027-12-28 12:00:00", "2028-01-03"),
+    ("month", "2027-01-31 23:59:30", "2027-02-01"),
+    ("month", "2028-02-29 12:00:00", "2028-03-01"),
+    ("month", "2027-12-01 00:00:05", "2028-01-01"),
+]
 
 
 def test_everybody_is_told_when_the_quota_begins_again(
@@ -3575,7 +3572,7 @@ def test_everybody_is_told_when_the_quota_begins_again(
     clock, begins = Clock(tmp_path, "2026-11-27 12:00:30"), "begins again on Tuesday 1 December"
     timed: dict[str, tuple[Gate, User]] = {}
     gate.shares_vllm = True
-    for period in PERIODS:
+    for period in ("day", "week", "month"):
         (tmp_path / period).mkdir()
         made = start_process(tmp_path / period, QUOTA_PERIOD=period, **clock.env)
         made.shares_vllm = True
@@ -3589,11 +3586,11 @@ def test_everybody_is_told_when_the_quota_begins_again(
     assert re.fullmatch(r"83h59m[23]\ds", refused.headers["x-ratelimit-reset-tokens"])
     clock.set("2026-11-30 20:47:55")
     assert re.fullmatch(r"3h12m\ds", chat(month, user.key).headers["x-ratelimit-reset-tokens"])
-    for period, (one, user) in timed.items():
-        for now, then in PERIODS[period].items():
-            clock.set(now)
-            told = call(one, "GET", "/users/usage", user.key).json()["resets_at"]
-            assert (period, now, told) == (period, now, unix(f"{then} 00:00:00"))
+    for period, now, then in PERIODS:
+        one, user = timed[period]
+        clock.set(now)
+        told = call(one, "GET", "/users/usage", user.key).json()["resets_at"]
+        assert (period, now, told) == (period, now, unix(f"{then} 00:00:00"))
     assert call(gate, "GET", "/users/usage", register(gate).key).json()["resets_at"] is None
 
 
