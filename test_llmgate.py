@@ -2713,12 +2713,25 @@ STREAMS: dict[str, list[bytes]] = {
 }
 
 
-def passed_on(event: bytes, asked: bool) -> JSONObject | None:
-    """Return what a caller sees of an event, who asked for the usage at the end or did not."""
-    body = data(event.replace(b"data:{", b"data: {"))
-    if not asked or body["choices"] and not body["choices"][0].get("finish_reason"):
-        body.pop("usage", None)
-    return body if body["choices"] or asked else None
+def test_usage_is_found_wherever_it_stands(make_gate: MakeGate) -> None:
+    """Read for the row, shown to who asked; what a tool says of it stays, and [DONE] is the end."""
+    streams = iter([*STREAMS.values()] * 2)
+
+    def passed_on(event: bytes, asked: bool) -> JSONObject | None:
+        body = data(event.replace(b"data:{", b"data: {"))
+        if not asked or body["choices"] and not body["choices"][0].get("finish_reason"):
+            body.pop("usage", None)
+        return body if body["choices"] or asked else None
+
+    with scripted_gate(make_gate, lambda up, _: up.say_events(TEXT, *next(streams))) as gate:
+        user = register(gate)
+        for asked, (name, stream) in itertools.product((False, True), STREAMS.items()):
+            seen = streamed(gate, user.key, stream_options={"include_usage": asked})
+            assert (seen[0], seen[-1]) == (TEXT, DONE), name
+            said = stream[: stream.index(DONE)] if DONE in stream else stream
+            expected = [passed_on(event, asked) for event in said]
+            assert [json.loads(event[5:]) for event in seen[1:-1]] == list(filter(None, expected))
+    assert {(row.total, row.estimated, row.status) for row in gate.usage()} == {(13, 0, "ok")}
 
 
 def test_large_upload_may_take_longer(make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2735,20 +2748,6 @@ def test_large_upload_may_take_longer(make_gate: MakeGate, monkeypatch: pytest.M
     endpoint, body = with_picture("image_url", len(PICTURE))
     body["messages"] *= 12  # more than the kernel takes at once
     assert relay(gate, register(gate).key, endpoint, body).status_code == 200
-
-
-def test_usage_is_found_wherever_it_stands(make_gate: MakeGate) -> None:
-    """Read for the row, shown to who asked; what a tool says of it stays, and [DONE] is the end."""
-    streams = iter([*STREAMS.values()] * 2)
-    with scripted_gate(make_gate, lambda up, _: up.say_events(TEXT, *next(streams))) as gate:
-        user = register(gate)
-        for asked, (name, stream) in itertools.product((False, True), STREAMS.items()):
-            seen = streamed(gate, user.key, stream_options={"include_usage": asked})
-            assert (seen[0], seen[-1]) == (TEXT, DONE), name
-            said = stream[: stream.index(DONE)] if DONE in stream else stream
-            expected = [passed_on(event, asked) for event in said]
-            assert [json.loads(event[5:]) for event in seen[1:-1]] == list(filter(None, expected))
-    assert {(row.total, row.estimated, row.status) for row in gate.usage()} == {(13, 0, "ok")}
 
 
 def test_vllm_is_told_how_many_requests_the_user_has(gate: Gate) -> None:
@@ -3014,8 +3013,7 @@ def test_restarted_vllm_is_asked_anew(make_gate: MakeGate, monkeypatch: pytest.M
         user = register(gate)
 
         def leave(model: str = "slow") -> UsageRow:
-            body = body_of("messages", model, stream=True)
-            answer = relay(gate, user.key, "messages", body)
+            answer = relay(gate, user.key, "messages", body_of("messages", model, stream=True))
             answer.close()
             return gate.row(answer)
 
@@ -3565,9 +3563,7 @@ PERIODS = [  # a moment, and when the quota begins again
 ]
 
 
-def test_everybody_is_told_when_the_quota_begins_again(
-    gate: Gate, start_process: StartProcess, tmp_path: Path
-) -> None:
+def test_end_of_a_period_is_told(gate: Gate, start_process: StartProcess, tmp_path: Path) -> None:
     """In the reports, in the 429's sentence, in OpenAI's header; null if it never does."""
     clock, begins = Clock(tmp_path, "2026-11-27 12:00:30"), "begins again on Tuesday 1 December"
     timed: dict[str, tuple[Gate, User]] = {}
