@@ -4851,31 +4851,6 @@ def test_usage_report_adds_up(gate: Gate) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-MANY_ROWS = """
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000)
-INSERT INTO usage (request_id, user_id, api_key_id, model, endpoint, status, created_at, lease_until)
-SELECT 'row-' || i, ?, 1, 'ok', 'chat/completions', 'ok', ? - i * 20, 0 FROM n
-"""
-
-
-def test_usage_report_of_many_rows_comes_at_once(gate: Gate) -> None:
-    """Of 100,000 rows it reads the index alone: without the index it would take much longer."""
-    user = register(gate)
-    gate.rows(MANY_ROWS, user.id, int(time.time()))
-
-    def seconds() -> float:
-        began = time.monotonic()
-        report = call(gate, "GET", "/users/usage?days=30", user.key).json()
-        assert report["requests"] == 100_000 and len(report["recent"]) == 20
-        return time.monotonic() - began
-
-    quickest = best_of_six(seconds, 0)
-    gate.rows("DROP INDEX usage_by_day")
-    assert quickest < 0.6 * best_of_six(seconds, 0)
-    assert quickest < 0.5
-    gate.rows("DELETE FROM usage")  # the books would be read for a second
-
-
 def test_opencode_configuration_is_complete(make_gate: MakeGate) -> None:
     """Every model with its limits; the key comes from the environment. Discovery may be off."""
     gate = make_gate()
