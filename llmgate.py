@@ -799,28 +799,31 @@ class Claim:
         """Of a body, and of its bytes as they came; 400."""
         self.body = body
         self.protocol = PROTOCOLS[endpoint]
-        # Of embeddings vLLM may read more than the context, in chunks.
+        assumed_context = context or UNKNOWN_CONTEXT
+        # Without an end, if it is not known; of embeddings vLLM may read more, in chunks.
         self.context = (context if self.protocol.bounds else None) or MAX_BIGINT
         self.prompts = prompts_of(body, self.protocol.prompt_field)
         n = whole_number(body, "n", 1, 16) or 1
         self.choices = len(self.prompts) * (n if self.protocol.reports else 1)
-        self._measure_prompt(raw, context or UNKNOWN_CONTEXT)
+        self._measure_prompt(raw, assumed_context)
         # What one choice may write: as asked for, or up to the model's context.
         asked = [whole_number(body, name, 0) for name in self.protocol.bounds]
-        most = (context or UNKNOWN_CONTEXT) if asked else 0
+        most = assumed_context if asked else 0
         most = max((number for number in asked if number is not None), default=most)
         self.output_bound = min(most, self.context)
         thinking = body.get("thinking") if endpoint == "messages" else None
         thinks = isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int
         self.least_output = 1025 if thinks else 1  # thoughts have 1,024 tokens or more
 
-    def _measure_prompt(self, raw: bytes, context: int) -> None:
+    def _measure_prompt(self, raw: bytes, assumed_context: int) -> None:
         """The prompt's upper bound, and an estimate: what is charged when no count ever comes."""
         field = self.protocol.prompt_field
         pictures, others, data_bytes = media_in(self.body) if MEDIA_WORD.search(raw) else (0, 0, 0)
-        of_picture = context if "mm_processor_kwargs" in self.body else min(PICTURE_TOKENS, context)
+        of_picture = min(PICTURE_TOKENS, assumed_context)
+        if "mm_processor_kwargs" in self.body:  # it may ask for larger ones
+            of_picture = assumed_context
         text_bytes = len(raw) - data_bytes
-        bound = text_bytes + TEMPLATE_TOKENS + pictures * of_picture + others * context
+        bound = text_bytes + TEMPLATE_TOKENS + pictures * of_picture + others * assumed_context
         estimate = text_bytes // 4 + (pictures + others) * PICTURE_ESTIMATE
         # vLLM may read messages and prompt_embeds in completions and embeddings, too.
         is_odd = field and ("messages" in self.body or "prompt_embeds" in self.body)
@@ -1157,8 +1160,9 @@ def book(
     # What was held may be used up; more only if nobody else holds it. (A lost row's
     # reservation may have gone to others by the time its gate comes back.)
     counts = counts.at_most(old.booked + old.reserved + max(0, old.free))
-    if counts.total < old.booked - old.tokens_used:  # a reset came between estimate and count
-        counts = Counts(old.booked - old.tokens_used, estimated=1)
+    least = old.booked - old.tokens_used  # or tokens_used would fall below 0
+    if counts.total < least:  # a reset came between estimate and count
+        counts = Counts(least, estimated=1)
     more = counts.total - old.booked
     new["reserved"] = max(0, old.reserved - max(0, more)) if status == "pending" else 0
     execute(UPDATE_ROW, new | counts._asdict() | times)
@@ -1343,8 +1347,8 @@ class Exchange(io.RawIOBase):
                 while chunk := response.read1(65536):
                     chunks.append(chunk)
                     # The reader holds the end of the chunk's line, and what came behind it.
-                    more = response.chunked and response.fp.peek(1).lstrip()
-                    if not more or len(chunks) == 100:
+                    more_has_come = response.chunked and response.fp.peek(1).lstrip()
+                    if not more_has_come or len(chunks) == 100:
                         yield b"".join(chunks)
                         chunks = []
             except Exception:
@@ -1648,7 +1652,8 @@ class Relay:
             busy = [other.upstream for other in list(self.watcher.running)]
             servers = self.watcher.upstreams.route(self.model, busy)
             self._reserve(servers[0], body, raw)
-            return self._read_answer(self._send(servers, body))
+            self._connect(servers)
+            return self._read_answer(self._send(body))
         except Exception as error:
             self.end("error", error.for_log if isinstance(error, APIError) else words_of(error))
             if self.exchange:
@@ -1678,36 +1683,42 @@ class Relay:
         self.meter = Meter(claim, row["reserved"])
         claim.limit_output(granted)
 
-    def _send(self, servers: list[Upstream], body: JSONObject, again: bool = False) -> bytes:
-        """Asks the first server that is there; the body of its answer if that is a 400. 502, 504."""
+    def _connect(self, servers: list[Upstream]) -> None:
+        """Takes the first server that is there; 502, 503."""
         if self.stopped_by:
             raise APIError("draining", reason=self.stopped_by)
         for server in servers:
             exchange = server.connect()
             if exchange:
-                break
-        else:
-            raise self.watcher.upstreams.unavailable()
-        self.upstream = server
-        self.exchange = exchange
+                self.upstream = server
+                self.exchange = exchange
+                return
+        raise self.watcher.upstreams.unavailable()
+
+    def _send(self, body: JSONObject, again: bool = False) -> bytes:
+        """Asks vLLM; the body of its answer if that is a 400. 502, 503, 504."""
+        server = cast(Upstream, self.upstream)
+        exchange = cast(Exchange, self.exchange)
         if self.endpoint == "responses":
             body |= {"store": False, "request_id": f"resp_{self.request_id}"}
         running_counts = False
-        sent = body
         if self.stream and PROTOCOLS[self.endpoint].reports:
             refused_until = server.no_running_counts_until.get(self.model, 0)
             running_counts = not again and refused_until < time.monotonic()
             options = (body.get("stream_options") or {}) | {"include_usage": True}
             if running_counts:
                 options["continuous_usage_stats"] = True
-            sent = body | {"stream_options": options}
+            sent = to_json(body | {"stream_options": options})
+        else:
+            sent = to_json(body)
         headers = {"X-Request-Id": self.request_id, "X-Vllm-Priority": str(self.others_running)}
         path = f"{urlsplit(server.url).path}/v1/{self.endpoint}"
-        exchange.send(path, to_json(sent), server.headers | headers)
+        exchange.send(path, sent, server.headers | headers)
         refusal = b"".join(exchange.pieces()) if exchange.response.status == 400 else b""
         if running_counts and b"continuous_usage_stats" in refusal:
             exchange.hang_up()
-            return self._send([server], body, again=True)
+            self._connect([server])
+            return self._send(body, again=True)
         if again and exchange.response.status == 200:  # it was the option, not the caller's text
             server.no_running_counts_until[self.model] = time.monotonic() + RETRY_OPTION_S
         return refusal
@@ -2711,22 +2722,24 @@ def cli(context: click.Context) -> None:
 
 
 TOKENS = click.IntRange(1, MAX_BIGINT)
-NAME = click.argument("name")
-NAME_OR_ALL = click.argument("name", required=False)
 
 
-def accounts(name: str | None = None) -> list[Row]:
-    """The account of a name, or all; a click error if nobody has the name."""
-    everyone = gate.database.query("SELECT * FROM users ORDER BY id")
-    found = [user for user in everyone if name is None or user.username.lower() == name.lower()]
-    if name is not None and not found:
+def account(_: click.Context, __: click.Parameter, name: str | None) -> Row:
+    """The account of a name, None where none was given; a click error if nobody has it."""
+    if name is None:
+        return None
+    found = gate.database.query(USER_BY_NAME, name=name.lower())
+    if not found:
         raise click.ClickException(f"There is no user {name!r}; see: python llmgate.py users")
-    return found
+    return found[0]
 
 
-def update(name: str, said: str, assignments: str, value: object) -> None:
+USER = click.argument("user", metavar="NAME", callback=account)
+USER_OR_ALL = click.argument("user", metavar="[NAME]", callback=account, required=False)
+
+
+def update(user: Row, said: str, assignments: str, value: object) -> None:
     """UPDATEs an account's row by these SQL assignments of :value, and says so."""
-    (user,) = accounts(name)
     sql = f"UPDATE users SET {assignments} WHERE id = :id RETURNING id"
     gate.database.write(sql, value=value, id=user.id)
     click.echo(f"{user.username} {said}.")
@@ -2746,7 +2759,7 @@ def create_tables() -> None:
 
 
 @cli.command()
-@NAME
+@click.argument("name")
 @click.option("--token-limit", type=TOKENS, help="The quota.")
 def create_user(name: str, token_limit: int | None) -> None:
     """Make an account (password asked, or on stdin); print its key."""
@@ -2758,7 +2771,7 @@ def create_user(name: str, token_limit: int | None) -> None:
 def users() -> None:
     """List all accounts with their quotas."""
     click.echo(f"{'id':>5} {'username':<24} {'used':>13} {'limit':>13}")
-    for user in accounts():
+    for user in gate.database.query("SELECT * FROM users ORDER BY id"):
         used = user.tokens_used
         limit = user.token_limit
         state = "disabled" if user.disabled_at else ""
@@ -2766,24 +2779,22 @@ def users() -> None:
 
 
 @cli.command()
-@NAME_OR_ALL
+@USER_OR_ALL
 @click.option("--days", type=click.IntRange(1, 366), default=30, show_default=True)
-def usage(name: str | None, days: int) -> None:
+def usage(user: Row, days: int) -> None:
     """Draw the usage of one account, or of all, the heaviest first."""
-    if name is None:
+    if user is None:
         rows = gate.database.query(USAGE_BY_USER, since=int(time.time()) // 86400 - days + 1)
         return click.echo(table("username", rows), nl=False)
-    (user,) = accounts(name)
     report = usage_report(gate.database, user, days, gate.resets_at())
     click.echo(drawn_usage(user.username, report), nl=False)
 
 
 @cli.command()
-@NAME
+@USER
 @click.option("--revoke", "key_id", type=click.IntRange(1), metavar="ID", help="End this key.")
-def keys(name: str, key_id: int | None) -> None:
+def keys(user: Row, key_id: int | None) -> None:
     """List the keys of an account, or end one."""
-    (user,) = accounts(name)
     if key_id:
         revoke(user.id, key_id)
     click.echo(f"{'id':>5} {'name':<28} {'created':<10} {'last used':<10} {'tokens':>13}")
@@ -2795,48 +2806,46 @@ def keys(name: str, key_id: int | None) -> None:
 
 
 @cli.command()
-@NAME
+@USER
 @click.argument("token_limit", type=TOKENS)
-def set_limit(name: str, token_limit: int) -> None:
+def set_limit(user: Row, token_limit: int) -> None:
     """Set the quota of an account."""
-    update(name, f"may use {token_limit:,} tokens", "token_limit = :value", token_limit)
+    update(user, f"may use {token_limit:,} tokens", "token_limit = :value", token_limit)
 
 
 @cli.command()
-@NAME
-def disable(name: str) -> None:
+@USER
+def disable(user: Row) -> None:
     """Refuse an account's keys and logins from now on."""
-    update(name, "is disabled", "disabled_at = :value", int(time.time()))
+    update(user, "is disabled", "disabled_at = :value", int(time.time()))
 
 
 @cli.command()
-@NAME
-def enable(name: str) -> None:
+@USER
+def enable(user: Row) -> None:
     """Let a disabled account in again, with the same keys."""
-    update(name, "is enabled", "disabled_at = :value", None)
+    update(user, "is enabled", "disabled_at = :value", None)
 
 
 @cli.command("reset-usage")
-@NAME_OR_ALL
+@USER_OR_ALL
 @click.option("--all", "everyone", is_flag=True, help="All accounts.")
-def reset_usage_command(name: str | None, everyone: bool) -> None:
+def reset_usage_command(user: Row, everyone: bool) -> None:
     """Set the used tokens to 0; the rows stay, balanced by one more."""
-    if bool(name) == everyone:
+    if bool(user) == everyone:
         raise click.UsageError("Give a NAME, or --all.")
-    found = accounts(name)
     with gate.database.begin() as execute:
-        reset_usage(execute, found[0].id if name else 0)
-    for user in found:
-        click.echo(f"{user.username} begins again at 0 tokens.")
+        reset_usage(execute, user.id if user else 0)
+    who = user.username if user else "Every account"
+    click.echo(f"{who} begins again at 0 tokens.")
 
 
 @cli.command()
-@NAME
-def set_password(name: str) -> None:
+@USER
+def set_password(user: Row) -> None:
     """Set a password (asked, or on stdin) and end the account's JWTs."""
-    accounts(name)  # or a password would be asked for nobody
     assignments = "password_hash = :value, jwt_version = jwt_version + 1"
-    update(name, "has a new password", assignments, hash_password(asked_password()))
+    update(user, "has a new password", assignments, hash_password(asked_password()))
 
 
 @cli.command()
