@@ -2593,8 +2593,9 @@ class Server:
         for relay in list(watcher.running):
             relay.stop(DRAINING)
         self._let_answers_end(5)
-        for relay in list(watcher.running):  # their callers do not read
-            relay.end("error", DRAINING)
+        for relay in list(watcher.running):
+            if relay.meter:  # its caller does not read; without a row it ends by itself
+                relay.end("error", DRAINING)
         self._waitress.task_dispatcher.shutdown()
         close_all(self._sockets)
         watcher.stop()
