@@ -2565,6 +2565,7 @@ class Server:
         host, port = listening.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._grace_s = 0.0  # what running answers get after drain()
+        self._draining_since = 0.0  # monotonic
         self._sockets: dict[int, Any] = {}  # all that waitress's loop looks at
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # a relay has two connections
         self._waitress = waitress.create_server(
@@ -2606,10 +2607,15 @@ class Server:
             upstream.session.close()
         self.app.database.close()
 
-    def drain(self, grace_s: float = 30) -> None:
-        """Refuses new relays from now on; running ones get `grace_s`, then run() ends."""
+    def drain(self, grace_s: float = 30) -> float:
+        """Refuses new relays from now on; running ones get `grace_s`, then run() ends.
+
+        Returns when it was called first (monotonic).
+        """
+        self._draining_since = self._draining_since or time.monotonic()
         self._grace_s = grace_s
         self.app.watcher.draining = True
+        return self._draining_since
 
     def _let_answers_end(self, wait_s: float) -> None:
         """Serves on until all is answered, but not for longer than this."""
@@ -2628,7 +2634,10 @@ ENDING |= {x for x in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(x) != s
 
 
 def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None:
-    """Runs one gate, of PROCESSES the one with this number, until a signal of ENDING."""
+    """Runs one gate, of PROCESSES the one with this number, until a signal of ENDING.
+
+    A second signal ends it at once.
+    """
     with suppress(AttributeError):  # glibc would keep the memory of large bodies for good
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
     # Of a process's threads one runs Python at a time; on one core it hands on to the next in half
@@ -2638,10 +2647,10 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
     log_to(settings.log_file, number)
     server = Server(settings, listening)
 
-    def end(signal_number: int, _: object) -> None:
-        server.drain()
-        if signal_number == signal.SIGINT:  # once more, and it ends at once
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def end(*_: object) -> None:
+        # A terminal, a shell or a service manager may send two at once; what comes later is a wish.
+        if time.monotonic() > server.drain() + 1:
+            os._exit(1)
 
     for name in ENDING:
         signal.signal(name, end)
@@ -2689,7 +2698,8 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
             status = 2
         else:
             log.warning("Process %d ended (%d); starting another.", number, code)
-            time.sleep(1)
+            if signal.sigtimedwait(ENDING, 1):
+                break
             gates[start_gate(settings, listening, number)] = number
     for pid in gates:
         os.kill(pid, signal.SIGTERM)

@@ -3840,20 +3840,38 @@ def test_gate_that_is_told_to_end_lets_answers_end(
 
 
 def test_second_ctrl_c_ends_the_gate_at_once(start_process: StartProcess) -> None:
-    """The first one lets answers end."""
+    """The first one lets answers end, and so does one that is sent twice at the same time."""
     gate = start_process()
     user = register(gate)
     with chat(gate, user.key, "silent", stream=True) as running:
         events = stream_events(running)
         assert next(events)
         gate.process.send_signal(signal.SIGINT)
+        later = after_seconds(1.1)
         wait_until(lambda: requests.get(f"{gate.url}/health", timeout=5).status_code == 503)
+        gate.process.send_signal(signal.SIGINT)
+        wait_until(later)
         assert not gate.ended()
         gate.stopped = True
         gate.process.send_signal(signal.SIGINT)
-        assert gate.process.wait(2) == -signal.SIGINT
+        assert gate.process.wait(2) == 1
         with pytest.raises(requests.RequestException):
             list(events)
+
+
+def test_processes_that_cannot_live_end_with_the_first_one(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    """They are started again each second; a signal is heeded meanwhile."""
+    dies = "import os, threading\n"
+    dies += (
+        "os.register_at_fork(after_in_child=lambda: threading.Timer(0.6, os._exit, [1]).start())\n"
+    )
+    gate = start_process(PROCESSES="2", **customized(tmp_path / "dies", dies))
+    wait_until(lambda: gate.errors.read_text().count("starting another"), 5)
+    gate.stopped = True
+    gate.process.terminate()
+    gate.process.wait(3)
 
 
 def test_nohup_keeps_the_gate_when_its_terminal_closes(
