@@ -1397,13 +1397,16 @@ def shared_env(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]
 
 
 def start_two(
-    start_process: StartProcess, env: dict[str, str], tmp_path: Path
-) -> tuple[ProcessGate, ProcessGate]:
-    """Start two gates side by side, each in a directory of its own."""
-    (tmp_path / "0").mkdir()
-    (tmp_path / "1").mkdir()
-    one, two = in_parallel(2, lambda number: start_process(tmp_path / str(number), **env))
-    return one, two
+    start_process: StartProcess, env: dict[str, str], tmp_path: Path, processes: str = "11"
+) -> list[ProcessGate]:
+    """Start two gates side by side, each in a directory of its own; `processes` has their counts."""
+
+    def start(number: int) -> ProcessGate:
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        return start_process(directory, **env, PROCESSES=processes[number])
+
+    return in_parallel(2, start)
 
 
 @contextlib.contextmanager
@@ -2148,18 +2151,24 @@ def test_guesses_are_counted_before_they_are_tried(gate: Gate, user: User) -> No
 
 
 def test_registration_by_invitation(start_process: StartProcess) -> None:
-    """The gate's first lines say how; who has none is told so, who has a wrong one, that it is."""
-    gate = start_process(REGISTRATION="invite", REGISTRATION_TOKEN="invitation-marker-77")
-    gate.secrets.add("invitation-marker-77")
+    """The gate's first lines say how; who has none is told so, who has a wrong one, that it is.
+
+    With LOG_FILE=- no file is made: standard error has the log.
+    """
+    token = "invitation-marker-77"
+    gate = start_process(REGISTRATION="invite", REGISTRATION_TOKEN=token, LOG_FILE="-")
+    gate.secrets.add(token)
     body: JSONObject = {"username": "ida", "password": PASSWORD}
     answer = call(gate, "POST", "/auth/register", json=body)
     message = assert_error(answer, 403, "registration_closed")["message"]
     assert "registration_token" in message and "wrong" not in message.lower()
-    for token, word in (("another", "wrong"), (5, "registration_token")):
-        answer = call(gate, "POST", "/auth/register", json=body | {"registration_token": token})
+    for wrong, word in (("another", "wrong"), (5, "registration_token")):
+        answer = call(gate, "POST", "/auth/register", json=body | {"registration_token": wrong})
         assert word in assert_error(answer, 403, "registration_closed")["message"].lower()
-    assert register(gate, "ida", registration_token="invitation-marker-77").id == 1
+    assert register(gate, "ida", registration_token=token).id == 1
     assert '"registration_token":"…"' in gate.output.read_text()
+    wait_until(lambda: gate.errors.read_text().count(" POST /auth/register 403") == 3)
+    assert not gate.log.exists()
 
 
 def test_secret_is_made_once_and_whole(tmp_path: Path, start_process: StartProcess) -> None:
@@ -3510,7 +3519,6 @@ def test_quota_begins_again_each_day(start_process: StartProcess, tmp_path: Path
     assert_error(chat(gate, user.key, max_tokens=20), 429, "insufficient_quota")
     assert [tokens for who, tokens in resets(gate) if who == user.id] == [-30] * 5
     assert sum(tokens for who, tokens in resets(gate) if who == other.id) == -70
-    assert user.name not in run_command(gate, "check")
 
 
 def test_gates_on_one_database_are_one(
@@ -3519,8 +3527,7 @@ def test_gates_on_one_database_are_one(
     """A gate and one of four processes: one quota, period and five guesses. SIGTERM ends all."""
     clock = Clock(tmp_path, "2027-03-31 23:59:00")
     env = shared_env | clock.env | {"QUOTA_PERIOD": "month", "MAX_REQUESTS_PER_USER": "64"}
-    (tmp_path / "two").mkdir()
-    one, two = start_process(**env), start_process(tmp_path / "two", **env, PROCESSES="4")
+    one, two = start_two(start_process, env, tmp_path, processes="14")
     racer, users = register(one, token_limit=1000), [register(one, token_limit=30) for _ in "abc"]
     tries = [try_login((one, two)[i % 2], racer.name, "wrong-password") for i in range(6)]
     assert [answer.status_code for answer in tries] == [401] * 5 + [429]
@@ -3566,13 +3573,17 @@ PERIODS = [  # a moment, and when the quota begins again
 def test_end_of_a_period_is_told(gate: Gate, start_process: StartProcess, tmp_path: Path) -> None:
     """In the reports, in the 429's sentence, in OpenAI's header; null if it never does."""
     clock, begins = Clock(tmp_path, "2026-11-27 12:00:30"), "begins again on Tuesday 1 December"
-    timed: dict[str, tuple[Gate, User]] = {}
     gate.shares_vllm = True
-    for period in ("day", "week", "month"):
-        (tmp_path / period).mkdir()
-        made = start_process(tmp_path / period, QUOTA_PERIOD=period, **clock.env)
+    periods = ("day", "week", "month")
+
+    def start(number: int) -> tuple[Gate, User]:
+        directory = tmp_path / periods[number]
+        directory.mkdir()
+        made = start_process(directory, QUOTA_PERIOD=periods[number], **clock.env)
         made.shares_vllm = True
-        timed[period] = made, register(made, token_limit=30)
+        return made, register(made, token_limit=30)
+
+    timed = dict(zip(periods, in_parallel(3, start), strict=True))
     month, user = timed["month"]
     spend_all(month, user)
     text = {"Accept": "text/plain"}
@@ -3984,7 +3995,7 @@ READ_ONLY = ("SET default_transaction_read_only = on", "RESET default_transactio
 
 
 def test_database_that_takes_no_writes_is_503(
-    postgres_env: dict[str, str], start_process: StartProcess, tmp_path: Path
+    postgres_env: dict[str, str], make_gate: MakeGate, tmp_path: Path
 ) -> None:
     """As a standby of PostgreSQL; who only reads is served. A start says it in one line.
 
@@ -3995,7 +4006,7 @@ def test_database_that_takes_no_writes_is_503(
     assert "odd" in refusal(tmp_path, **postgres_env | {"DATABASE_URL": odd})
     url = url.update_query_dict({"password": "password-marker-77"})
     postgres_env["DATABASE_URL"] = url.render_as_string(hide_password=False)
-    gate = start_process(**postgres_env)
+    gate = make_gate(**postgres_env)
     gate.secrets.add("password-marker-77")
     gate.expected_5xx = {503}
     user = register(gate)
@@ -4008,24 +4019,24 @@ def test_database_that_takes_no_writes_is_503(
 
 
 def test_database_that_was_away_needs_no_restart(
-    postgres_env: dict[str, str], start_process: StartProcess
+    postgres_env: dict[str, str], make_gate: MakeGate
 ) -> None:
     """Callers get 503 and vLLM sees nothing new; what ran is booked when the database is back.
 
     Whatever time has passed, what still runs keeps its reservation. Logins that nobody could check
     are no guesses: they do not hold the name back afterwards.
     """
-    gate = start_process(**postgres_env)
+    gate = make_gate(**postgres_env)
     gate.expected_5xx, gate.may_log_traceback = {503}, True
-    user, poor = register(gate), register(gate, token_limit=150)
+    user, poor = register(gate), register(gate, token_limit=105)
     token = login(gate, user)
     with ThreadPoolExecutor(3) as pool:
         plain = pool.submit(chat, gate, user.key, "slow", max_tokens=10)
         short = pool.submit(streamed, gate, user.key, "slow", max_tokens=20)
-        long = pool.submit(streamed, gate, poor.key, "slow", max_tokens=135)
+        long = pool.submit(streamed, gate, poor.key, "slow", max_tokens=90)
         wait_until(lambda: len(gate.upstream.asked()) == 3)
         expire_leases(gate)
-        over = after_seconds(3)
+        over = after_seconds(1.2)
         with database_altered(gate, *DOWN):
             for number in itertools.count():
                 began = time.monotonic()
@@ -4049,7 +4060,7 @@ def test_database_that_was_away_needs_no_restart(
         assert short.result()[-1] == long.result()[-1] == DONE
     assert len(gate.upstream.asked()) == 4
     gate.settle(10)
-    assert sorted(row.total for row in gate.usage()) == [20, 30, 30, 145]
+    assert sorted(row.total for row in gate.usage()) == [20, 30, 30, 100]
     assert {row.status for row in gate.usage()} == {"ok"}
 
 
@@ -4177,14 +4188,6 @@ def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
             with chat(gate, user.key, stream=stream, seed=number) as answer:
                 assert_error(answer, 502)
         assert {(row.status, row.total) for row in gate.usage()} == {("error", 0)}
-
-
-def test_log_may_go_to_standard_error_alone(start_process: StartProcess) -> None:
-    """LOG_FILE=-: no file is made."""
-    gate = start_process(LOG_FILE="-")
-    assert_error(call(gate, "GET", "/users/me"), 401)
-    wait_until(lambda: " GET /users/me 401" in gate.errors.read_text())
-    assert not gate.log.exists()
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
@@ -4777,61 +4780,67 @@ def test_start_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     away = {"DATABASE_URL": "postgresql+psycopg://nobody@/x?host=/no-such-directory"}
     away["JWT_SECRET_KEY"] = "x" * 32
-    said_of_it = "pip install 'psycopg[binary]'"
-    if importlib.util.find_spec("psycopg"):
-        said_of_it = "database does not answer"
-    cases: list[tuple[list[str], dict[str, str], str]] = [  # what is said, settings, .env
-        (["LOG_FILE"], {"LOG_FILE": "/no-such-directory/server.log"}, ""),
-        (["PORT"], {"PORT": str(taken.getsockname()[1])}, ""),
-        (["REGISTRATON", "REGISTRATION"], {}, "REGISTRATON=closed\n"),
-        (["MODELS_ALIASES", "MODEL_ALIASES"], {}, "MODELS_ALIASES=my=ok\n"),
-        (["Line 2 of .env"], {}, "THREADS=99\nREGISTRATION closed\n"),
-        (["Line 1 of .env"], {}, "export REGISTRATION\n"),
-        (["Line 1 of .env"], {}, 'REGISTRATION="closed\n'),
-        (
-            ["DATABASE_URL", "not a database"],
-            {"DATABASE_URL": "sqlite:///.env"},
-            "# A text.\n" * 50,
-        ),
-        ([said_of_it], away, ""),
+    cases = [  # what is said, settings, .env
+        ("LOG_FILE", {"LOG_FILE": "/no-such-directory/server.log"}, ""),
+        ("PORT", {"PORT": str(taken.getsockname()[1])}, ""),
+        ("REGISTRATON .*REGISTRATION", {}, "REGISTRATON=closed\n"),
+        ("not a database", {"DATABASE_URL": "sqlite:///.env"}, "# A text.\n" * 50),
     ]
+    if importlib.util.find_spec("psycopg"):
+        cases.append(("database does not answer", away, ""))
+    else:
+        cases.append((r"pip install 'psycopg\[binary\]'", away, ""))
 
     def start(number: int) -> None:
         words, settings, text = cases[number]
         directory = tmp_path / str(number)
         directory.mkdir()
         (directory / ".env").write_text(text)
-        said = refusal(directory, 1 if "not answer" in words[0] else 2, **settings)
-        assert all(word in said for word in words), said
+        said = refusal(directory, 1 if "not answer" in words else 2, **settings)
+        assert re.search(words, said), said
 
     with taken:
         in_parallel(len(cases), start)
 
 
-def test_env_file_with_a_secret_is_made_private(
+BAD_LINES = [  # what is said, and the file
+    ("MODELS_ALIASES .* MODEL_ALIASES", "MODELS_ALIASES=my=ok\n"),
+    ("Line 2 of .env", "THREADS=99\nREGISTRATION closed\n"),
+    ("Line 1 of .env", "export REGISTRATION\n"),
+    ("Line 1 of .env", 'REGISTRATION="closed\n'),
+]
+
+
+def test_env_file_is_private_if_it_has_a_secret_and_says_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And a warning; else it is left alone. Names like no setting are somebody else's.
+    """With a warning; a file of another user stays as it is. The environment wins over it.
 
-    A file of another user stays as it is, with the warning. The environment wins over it.
+    Names like no setting are somebody else's; one that is nearly a setting's is refused, and so is
+    a line that sets nothing.
     """
-    (tmp_path / ".env").write_text("THREADS=0\n")
+    env_file = tmp_path / ".env"
+    env_file.write_text(f"THREADS=0\nJWT_SECRET_KEY={JWT_SECRET}\n")
+    env_file.chmod(0o644)
+    said = command(tmp_path, {"THREADS": "90"}, "create-tables").stderr
+    assert ".env was open to other users" in said and JWT_SECRET not in said
+    assert stat.S_IMODE(env_file.stat().st_mode) == 0o600
     assert "THREADS" in refusal(tmp_path)
-    command(tmp_path, {"THREADS": "90"}, "create-tables")
-    others = "THREADS=90\nCOMPOSE_PROJECT_NAME=x\nLLMGATE_API_KEY=x\n"
-    for text, mode in ((f"JWT_SECRET_KEY={JWT_SECRET}\n", 0o600), (others, 0o644)):
-        (tmp_path / ".env").write_text(text)
-        (tmp_path / ".env").chmod(0o644)
-        said = command(tmp_path, {}, "create-tables").stderr
-        assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == mode
-        assert (".env" in said) == (mode == 0o600) and JWT_SECRET not in said
-    (tmp_path / ".env").write_text(f"JWT_SECRET_KEY={JWT_SECRET}\n")
+    for words, text in BAD_LINES:
+        env_file.write_text(text)
+        with pytest.raises(llmgate.SettingsError, match=words):
+            llmgate.read_dotenv(env_file)
+    env_file.write_text("THREADS=90\nCOMPOSE_PROJECT_NAME=x\nLLMGATE_API_KEY=x\n")
+    env_file.chmod(0o644)
+    assert llmgate.read_dotenv(env_file)["THREADS"] == "90"
+    assert stat.S_IMODE(env_file.stat().st_mode) == 0o644 and caplog.text == ""
+    env_file.write_text(f"JWT_SECRET_KEY={JWT_SECRET}\n")
 
     def forbid(path: Path, mode: int) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "chmod", forbid)
-    assert llmgate.read_dotenv(tmp_path / ".env") == {"JWT_SECRET_KEY": JWT_SECRET}
+    assert llmgate.read_dotenv(env_file) == {"JWT_SECRET_KEY": JWT_SECRET}
     assert ".env was open to other users" in caplog.text
 
 
@@ -4944,11 +4953,9 @@ def test_command_in_an_empty_folder_makes_nothing(tmp_path: Path) -> None:
 
 def test_operator_manages_users_while_the_gate_runs(gate: Gate) -> None:
     """What a command does is seen at once."""
-    made = run_command(gate, "create-user", "olga", "--token-limit", "9", stdin=PASSWORD + "\n")
+    made = run_command(gate, "create-user", "olga", "--token-limit", "50000", stdin=PASSWORD + "\n")
     user = User(1, "olga", PASSWORD, made.split()[-1])
     gate.secrets.add(user.key)
-    assert me(gate, user)["token_limit"] == 9
-    run_command(gate, "set-limit", "olga", "50000")
     assert me(gate, user)["token_limit"] == 50_000
     token, body = login(gate, user), {"name": "laptop"}
     key = call(gate, "POST", "/users/me/keys", token, json=body).json()["api_key"]
@@ -5030,13 +5037,10 @@ def test_schema_sql_makes_the_same_tables_on_sqlite_and_postgresql(
 ) -> None:
     """It is the only creator of tables, and it may run at every start."""
     on_sqlite = postgres_env | {"DATABASE_URL": f"sqlite:///{tmp_path / 'a.db'}"}
-    structures = []
-    for env in (on_sqlite, postgres_env):
-        for _ in range(2):
-            command(tmp_path, env, "create-tables")
-        structures.append(structure(env["DATABASE_URL"]))
-    assert structures[0] == structures[1]
-    assert set(TABLES) <= {table for table, *_ in structures[0]}
+    envs = (on_sqlite, postgres_env) * 2
+    in_parallel(4, lambda number: command(tmp_path, envs[number], "create-tables"))
+    one, other = structure(on_sqlite["DATABASE_URL"]), structure(postgres_env["DATABASE_URL"])
+    assert one == other and set(TABLES) <= {table for table, *_ in one}
 
 
 OLD_ROWS = """
@@ -5055,7 +5059,7 @@ SECRET_PART = "sk-llmgate-kBnKzFezxprwls0Csn9ZdwfoD6jRXVLYCyki12X8ngI"  # of JWT
 
 
 def test_database_of_an_older_version_works_on(
-    shared_env: dict[str, str], start_process: StartProcess
+    shared_env: dict[str, str], make_gate: MakeGate
 ) -> None:
     """The account, keys with both kinds of checksum, old rows, and one that was left pending."""
     old_keys, url = [SECRET_PART + "2wk5Co", SECRET_PART + "ae3980"], shared_env["DATABASE_URL"]
@@ -5069,7 +5073,7 @@ def test_database_of_an_older_version_works_on(
     else:
         identity = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
         query(url, script.replace("INTEGER PRIMARY KEY NOT NULL", identity))
-    gate = start_process(QUOTA_PERIOD="month", **shared_env)
+    gate = make_gate(QUOTA_PERIOD="month", **shared_env)
     user = User(1, "alice", PASSWORD, old_keys[0])
     gate.secrets.update(old_keys)
     wait_until(lambda: gate.reserved() == 0, 6)
