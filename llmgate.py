@@ -204,6 +204,7 @@ def complete_settings(values: JSONObject) -> None:
         values["database_url"] = url.set(database=str(path)).render_as_string()
     elif not values["jwt_secret_key"]:
         raise SettingsError("JWT_SECRET_KEY must be set beside PostgreSQL, alike for all gates")
+    values["host"] = values["host"].strip("[]")
     local = re.fullmatch(r"localhost|::1|127\..*", values["host"])
     values["registration"] = values["registration"] or ("open" if local else "closed")
     hosts = values["allowed_hosts"]
@@ -1596,8 +1597,6 @@ def require_good_answer(status: int, headers: Mapping[str, str]) -> None:
     """502 or 503 for an answer of vLLM that is not for the caller: all but 200 and most 4xx."""
     if status in (401, 403):
         raise APIError("upstream_error", why="it refuses the gate's own key, see VLLM_API_KEY")
-    if headers.get("content-encoding", "identity") != "identity":
-        raise APIError("upstream_error", why="it compressed its answer though asked not to")
     if status == 503:
         raise APIError("upstream_busy", wait_s=headers.get("retry-after", "2"))
     if status != 200 and not 400 <= status < 500:
@@ -2674,6 +2673,7 @@ def start_gate(settings: Settings, listening: socket.socket, number: int) -> int
     if pid == 0:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() == supervisor:
+            logging.getLogger().handlers.clear()  # the supervisor's
             serve(settings, listening, number)
         os._exit(0)  # sys.exit() would die by a signal that still comes
     return pid
@@ -2681,6 +2681,7 @@ def start_gate(settings: Settings, listening: socket.socket, number: int) -> int
 
 def serve_all(settings: Settings, listening: socket.socket) -> None:
     """Runs PROCESSES gates on one socket, and another for one that dies, until a signal of ENDING."""
+    log_to(settings.log_file, 0)
     Gate(settings).database.close()  # makes the tables and the secret, while nobody else does
     awaited = ENDING | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # for sigwait(); a gate unblocks its own
