@@ -3459,16 +3459,16 @@ def test_quota_begins_again_each_day(start_process: StartProcess, tmp_path: Path
         assert_error(chat(gate, user.key, max_tokens=20), 429, "insufficient_quota")
         clock.set(str(datetime.fromisoformat(night) + timedelta(seconds=12)))
     spend_all(gate, user)
-    with chat(gate, other.key, "slow", stream=True, max_tokens=60) as running:
+    with chat(gate, other.key, "slow", stream=True, max_tokens=50) as running:
         events = stream_events(running)
         wait_until(lambda: next(events) and gate.tokens_used(other) > 0, 5)
         clock.set("2028-03-02 00:00:00")
         assert chat(gate, idle.key, max_tokens=1).status_code == 200  # the first of the new day
         assert len(resets(gate)) == 4
         assert list(events)[-1] == DONE
-    assert gate.row(running).total == 70
+    assert gate.row(running).total == 60
     *_, (_, day_before) = resets(gate)
-    assert gate.tokens_used(other) == 70 + day_before < 70
+    assert gate.tokens_used(other) == 60 + day_before < 60
     spend_all(gate, user)
     gate.stop()
     clock.set("2029-01-01 00:00:00")  # wrong, and set right after
@@ -3482,7 +3482,7 @@ def test_quota_begins_again_each_day(start_process: StartProcess, tmp_path: Path
     gate = start_process(QUOTA_PERIOD="day", **clock.env)
     assert_error(chat(gate, user.key, max_tokens=20), 429, "insufficient_quota")
     assert [tokens for who, tokens in resets(gate) if who == user.id] == [-30] * 5
-    assert sum(tokens for who, tokens in resets(gate) if who == other.id) == -70
+    assert sum(tokens for who, tokens in resets(gate) if who == other.id) == -60
 
 
 def test_gates_on_one_database_are_one(
@@ -3798,7 +3798,7 @@ def test_gate_that_is_told_to_end_lets_answers_end(
     with connected(gate), ThreadPoolExecutor(1) as pool:
         asking = pool.submit(in_parallel, 12, ask_until_refused)
         wait_until(lambda: len(whole) > 20)
-        with chat(gate, user.key, "slow", stream=True, max_tokens=20) as running:
+        with chat(gate, user.key, "slow", stream=True, max_tokens=12) as running:
             wait_until(after_seconds(delay_s))
             gate.stopped = True
             for pid in [*gate.workers(), gate.process.pid] * 2:
@@ -3983,21 +3983,22 @@ def test_database_that_takes_no_writes_is_503(
 
 
 def test_database_that_was_away_needs_no_restart(
-    postgres_env: dict[str, str], make_gate: MakeGate
+    postgres_env: dict[str, str], make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Callers get 503 and vLLM sees nothing new; what ran is booked when the database is back.
 
     Whatever time has passed, what still runs keeps its reservation. Logins that nobody could check
     are no guesses: they do not hold the name back afterwards.
     """
+    monkeypatch.setattr(llmgate, "UPKEEP_S", 0.5)
     gate = make_gate(**postgres_env)
     gate.expected_5xx, gate.may_log_traceback = {503}, True
-    user, poor = register(gate), register(gate, token_limit=105)
+    user, poor = register(gate), register(gate, token_limit=85)
     token = login(gate, user)
     with ThreadPoolExecutor(3) as pool:
         plain = pool.submit(chat, gate, user.key, "slow", max_tokens=10)
         short = pool.submit(streamed, gate, user.key, "slow", max_tokens=20)
-        long = pool.submit(streamed, gate, poor.key, "slow", max_tokens=90)
+        long = pool.submit(streamed, gate, poor.key, "slow", max_tokens=70)
         wait_until(lambda: len(gate.upstream.asked()) == 3)
         expire_leases(gate)
         over = after_seconds(1.2)
@@ -4017,14 +4018,14 @@ def test_database_that_was_away_needs_no_restart(
             assert plain.done() and short.done() and not long.done()
         assert call(gate, "GET", "/health").status_code == 200
         assert login(gate, user) and chat(gate, user.key).status_code == 200
-        over = after_seconds(2.2)  # the gate looks after its rows every 2 s
+        over = after_seconds(0.7)  # the gate has looked after its rows
         while not over():
             assert_error(chat(gate, poor.key), 429, "quota_reserved")
         assert plain.result().status_code == 200
         assert short.result()[-1] == long.result()[-1] == DONE
     assert len(gate.upstream.asked()) == 4
     gate.settle(10)
-    assert sorted(row.total for row in gate.usage()) == [20, 30, 30, 100]
+    assert sorted(row.total for row in gate.usage()) == [20, 30, 30, 80]
     assert {row.status for row in gate.usage()} == {"ok"}
 
 
@@ -5024,7 +5025,7 @@ SECRET_PART = "sk-llmgate-kBnKzFezxprwls0Csn9ZdwfoD6jRXVLYCyki12X8ngI"  # of JWT
 
 
 def test_database_of_an_older_version_works_on(
-    shared_env: dict[str, str], make_gate: MakeGate
+    shared_env: dict[str, str], make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The account, keys with both kinds of checksum, old rows, and one that was left pending."""
     old_keys, url = [SECRET_PART + "2wk5Co", SECRET_PART + "ae3980"], shared_env["DATABASE_URL"]
@@ -5038,6 +5039,7 @@ def test_database_of_an_older_version_works_on(
     else:
         identity = "INTEGER PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY"
         query(url, script.replace("INTEGER PRIMARY KEY NOT NULL", identity))
+    monkeypatch.setattr(llmgate, "UPKEEP_S", 0.5)
     gate = make_gate(QUOTA_PERIOD="month", **shared_env)
     user = User(1, "alice", PASSWORD, old_keys[0])
     gate.secrets.update(old_keys)
