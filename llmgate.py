@@ -1979,15 +1979,16 @@ class Watcher:
         self._round_at = time.time()
 
     def _recover(self) -> None:
-        """Closes the rows of dead gates: the last checkpoint counts, at least the prompt."""
-        here = {relay.request_id for relay in list(self.running)}
+        """Closes the rows of dead gates: the last checkpoint counts, at least the prompt.
+
+        Those of this gate were renewed just now.
+        """
         times = {"first_byte_ms": None, "duration_ms": None}
         for request_id, estimate, *seen in self.database.query(LOST_ROWS, now=int(time.time())):
             counts = Counts(*seen) if seen[0] else Counts(estimate, estimated=1)
-            if request_id not in here:
-                log.warning("%s lost: its gate died", request_id)
-                with self.database.begin() as execute:
-                    book(execute, request_id, "lost", counts, times)
+            log.warning("%s lost: its gate died", request_id)
+            with self.database.begin() as execute:
+                book(execute, request_id, "lost", counts, times)
 
 
 # ---- 8 Routes -------------------------------------------------------------------------------------
