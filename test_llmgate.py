@@ -215,6 +215,7 @@ class Upstream(ThreadingHTTPServer):
         self.idle_s = idle_s
         self.count_s = 0.0  # what /tokenize takes
         self.scale_out: bool | None = False  # has abort_requests; None: never heard of it
+        self.key = ""  # --api-key
         self.serves = frozenset(BEHAVIOURS)  # the models in its list, other names too
         self.keeps_bytes = True  # of the answers, for tests that compare them
         self.say: Say | None = None  # how a test answers each POST but /tokenize
@@ -335,6 +336,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         if self.server.say and self.command == "POST" and self.path != "/tokenize":
             return self.server.say(self, self.exchange.json())
         scale_out = self.server.scale_out
+        if self.headers.get("Authorization") != f"Bearer {self.server.key}" and self.server.key:
+            return self.reply_json(401, {"error": "Unauthorized"})
         match (self.command, self.path):
             case ("GET", "/v1/models"):
                 self.reply_json(200, {"object": "list", "data": self.models()})
@@ -2544,6 +2547,7 @@ BAD_FIELDS = {  # as they stand in the body
 def test_field_that_harms_others_or_has_a_wrong_type_is_refused(gate: Gate, user: User) -> None:
     """By its name, before vLLM, without a row. What cannot harm passes: null, `best_of: 1`."""
     cases = [("responses", name, ["true"]) for name in ("store", "background")]
+    cases += [("embeddings", "encoding_format", ['"bytes"', '"bytes_only"'])]
     cases += [("chat/completions", name, values) for name, values in BAD_FIELDS.items()]
     cases += [(end, name, ANY_VALUE) for end, names in REFUSED_FIELDS.items() for name in names]
     for endpoint, name, values in cases:
@@ -3339,7 +3343,8 @@ MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answ
 def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) -> None:
     """Never for more, which some servers refuse, nor less; of many answers each has the context.
 
-    An entry of the list without a name is passed over, a context that is no number not told.
+    An entry of the list without a name is passed over, a context that is no number not told; an
+    adapter has the one of its parent.
     """
     asked: list[int] = []
     odd: list[Any] = [None, "ok", {"object": "model"}, {"id": 7}]
@@ -3350,14 +3355,18 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
         upstream.say_whole(10 if many else 9007, 1 if many else min(asked[-1], 180_000))
 
     told, untold = {"id": "told", "max_model_len": 32768}, {"id": "untold"}
-    listed = [told, untold, {"id": "odd"}, {"id": "ok", "max_model_len": MAX_MODEL_LEN}]
-    odd += [told, untold, {"id": "odd", "max_model_len": "8"}, listed[-1]]
+    listed = [told, told | {"id": "lora"}, untold, {"id": "odd"}]
+    listed.append({"id": "ok", "max_model_len": MAX_MODEL_LEN})
+    odd += [told, {"id": "lora", "parent": "told", "max_model_len": None}, untold]
+    odd += [{"id": "odd", "max_model_len": "8", "parent": [1]}, listed[-1]]
     with scripted_gate(make_gate, say, *odd) as gate:
         seen = call(gate, "GET", "/v1/models", register(gate).key).json()["data"]
         assert seen == [*listed, {"id": "llm-user-managed", "max_model_len": 32768}]
         for left in (50_000, 100_000, 115_000, 131_000, 1_000_000):
             key = register(gate, token_limit=left).key
-            assert chat(gate, key, "told", messages=user_says("word" * 9007)).status_code == 200
+            for model in ("told", "lora"):
+                answer = chat(gate, key, model, messages=user_says("word" * 9007))
+                assert answer.status_code in (200, 429), answer.text
         assert max(asked) <= 32768 - 9007
         poor, rich = register(gate, token_limit=400_000), register(gate)
         assert chat(gate, poor.key, "untold", max_tokens=550_000).status_code == 200
@@ -3864,7 +3873,10 @@ def test_nohup_keeps_the_gate_when_its_terminal_closes(
 
 
 def test_drain_ends_what_takes_too_long(gate: ThreadedGate) -> None:
-    """A stream gets an error event, a plain request 503, and /health as well; all is booked."""
+    """A stream gets an error event, a plain request 503, and /health as well; all is booked.
+
+    Nor is a plain request awaited longer whose caller has left.
+    """
     user = register(gate)
     gate.expected_5xx = {503}
     with (
@@ -3875,7 +3887,9 @@ def test_drain_ends_what_takes_too_long(gate: ThreadedGate) -> None:
         events = stream_events(running)
         seen = [next(events) for _ in range(4)]
         waiting = pool.submit(chat, gate, user.key, "silent")
-        wait_until(lambda: gate.upstream.running() == 2)
+        with connected(gate) as leaving:
+            leaving.sendall(raw_chat(user.key, chat_body("silent")))
+            wait_until(lambda: gate.upstream.running() == 3)
         connection.sendall(raw_request("GET", "/health", {}))
         assert read_reply(connection).status_code == 200
         gate.drain(0.3)
@@ -3887,8 +3901,8 @@ def test_drain_ends_what_takes_too_long(gate: ThreadedGate) -> None:
     gate.thread.join(5)
     assert not gate.thread.is_alive()
     assert gate.complaints() == []
-    plain, stream = sorted(gate.usage(user), key=lambda row: row.stream)
-    assert (plain.status, plain.estimated) == ("error", 1)
+    *plain, stream = sorted(gate.usage(user), key=lambda row: row.stream)
+    assert [(row.status, row.estimated) for row in plain] == [("error", 1)] * 2
     assert (stream.status, stream.estimated, stream.total) == ("error", 0, 13)
 
 
@@ -3917,7 +3931,7 @@ def test_locked_database_is_waited_for(start_process: StartProcess) -> None:
     ):
         with database_locked(gate):
             began = time.monotonic()
-            logins = [pool.submit(try_login, gate, user.name, PASSWORD) for _ in range(6)]
+            logins = [pool.submit(try_login, gate, user.name, PASSWORD) for _ in range(4)]
             early = pool.submit(chat, gate, user.key)
             setting = ("set-limit", user.name, "5")
             told = pool.submit(command, gate.directory, gate.env, *setting, status=1)
@@ -3960,17 +3974,21 @@ READ_ONLY = ("SET default_transaction_read_only = on", "RESET default_transactio
 
 
 def test_database_that_takes_no_writes_is_503(
-    postgres_env: dict[str, str], make_gate: MakeGate, tmp_path: Path
+    postgres_env: dict[str, str],
+    make_gate: MakeGate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As a standby of PostgreSQL; who only reads is served. A start says it in one line.
 
-    So it does when PostgreSQL does not take the URL, which nobody sees a password of.
+    A row that somebody else holds is waited for, but not for ever. One line it is also when PostgreSQL does not take the URL, which nobody sees a password of.
     """
     url = sqlalchemy.make_url(postgres_env["DATABASE_URL"])
     odd = url.update_query_dict({"odd": "x"}).render_as_string(hide_password=False)
     assert "odd" in refusal(tmp_path, **postgres_env | {"DATABASE_URL": odd})
     url = url.update_query_dict({"password": "password-marker-77"})
     postgres_env["DATABASE_URL"] = url.render_as_string(hide_password=False)
+    monkeypatch.setattr(llmgate, "DB_TIMEOUT_S", 1)
     gate = make_gate(**postgres_env)
     gate.secrets.add("password-marker-77")
     gate.expected_5xx = {503}
@@ -3980,6 +3998,10 @@ def test_database_that_takes_no_writes_is_503(
             assert_error(answer, 503, "database_unavailable")
         assert call(gate, "GET", "/users/usage", user.key).status_code == 200
         assert "read-only" in refusal(tmp_path, 1, **postgres_env)
+    assert chat(gate, user.key).status_code == 200
+    with psycopg.connect(gate.database_url.replace("+psycopg", "")) as other:
+        other.execute("SELECT * FROM users FOR UPDATE")
+        assert_error(chat(gate, user.key), 503, "database_unavailable")
     assert chat(gate, user.key).status_code == 200
 
 
@@ -4405,9 +4427,14 @@ def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProces
 
 
 def test_flood_of_logins_does_not_hold_up_keys(start_process: StartProcess) -> None:
-    """300 at once: a key's request is answered in a second, the right login soon after."""
+    """300 at once: a key's request is answered in a second, the right login soon after.
+
+    Eight at once with the right password are no guesses.
+    """
     gate = start_process()
     user, json_type = register(gate), {"Content-Type": "application/json"}
+    for answer in in_parallel(8, lambda _: try_login(gate, user.name, PASSWORD)):
+        assert answer.status_code == 200, answer.text
     with contextlib.ExitStack() as stack:
         flood = [stack.enter_context(connected(gate)) for _ in range(300)]
         for number, connection in enumerate(flood):
@@ -4655,12 +4682,23 @@ def mixed_load(gate: Gate, users: list[User], workers: int, until: Callable[[], 
 
 
 def test_mixed_load_leaves_the_books_right(shared_env: dict[str, str], make_gate: MakeGate) -> None:
-    """A few hundred requests of all kinds: vLLM's own count, rows, counters and `check` agree."""
+    """A few hundred requests of all kinds: vLLM's own count, rows, counters and `check` agree.
+
+    Commands that start meanwhile hold nobody up.
+    """
     gate = make_gate(**shared_env)
     limits = [600, 3000, 20_000, 1_000_000, 1_000_000]
     users = [register(gate, token_limit=limit) for limit in limits]
-    mixed_load(gate, users, workers=12, until=after_requests(150))
+
+    def start_and_end(_: int) -> None:
+        llmgate.Gate(gate.server.app.settings).database.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        commands = pool.map(start_and_end, range(20))
+        mixed_load(gate, users, workers=12, until=after_requests(150))
+        assert list(commands) == [None] * 20
     gate.settle(5)
+    assert "not booked yet" not in gate.log.read_text()  # as after a deadlock
     counted = gate.upstream.tokens()
     exact = [row for row in gate.usage() if not row.estimated]
     assert sum(row.total for row in exact) == sum(counted.get(row.request_id, 0) for row in exact)
@@ -4945,6 +4983,7 @@ def test_command_that_cannot_be_done_says_so(gate: Gate) -> None:
     paul, other = register(gate, "paul"), register(gate, "rita")
     asked = {"set-limit nobody 5": 1, "reset-usage nobody": 1, "create-user PAUL": 1}
     asked |= {"set-limit paul 0": 2, "set-limit paul 5x": 2, "keys rita --revoke 1": 1}
+    asked |= {"usage b\udcffb": 1}
     for said, status in zip(outputs(gate.directory, gate.env, asked), asked.values(), strict=True):
         assert len(said.splitlines()) == 1 or (said and status == 2), said
     assert chat(gate, paul.key).status_code == 200
@@ -5072,12 +5111,34 @@ def test_local_port_8000_is_found_and_shared(make_gate: MakeGate, tmp_path: Path
         gate.settle()
 
 
+def test_wrong_key_for_vllm_is_called_so(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, user: User
+) -> None:
+    """From the first request on, and in the log; the right one works at once."""
+    gate.expected_5xx = {502}
+    monkeypatch.setattr(gate.upstream, "key", "another")
+    body = body_of("messages")
+    for answer in (
+        chat(gate, user.key),
+        call(gate, "GET", "/v1/models", user.key),
+        relay(gate, user.key, "messages/count_tokens", body),
+    ):
+        assert answer.status_code == 502 and "VLLM_API_KEY" in answer.text
+    assert "refuses the gate's own key" in gate.log.read_text()
+    monkeypatch.setattr(gate.upstream, "key", UPSTREAM_KEY)
+    wait_until(lambda: chat(gate, user.key).status_code == 200)
+
+
 def test_health_tells_what_is_up(make_gate: MakeGate, upstream: Upstream) -> None:
-    """How many of the servers answer; that one does not is no fault of the gate."""
+    """How many of the servers answer; that one does not is no fault of the gate, nor awaited."""
     with Upstream() as gone:
         gate = make_gate(VLLM_ENDPOINT=f"{upstream.url},{gone.url}")
     expected = {"status": "ok", "upstreams": {"up": 1, "of": 2}}  # and it is a 200
     wait_until(lambda: call(gate, "GET", "/health").json() == expected, 5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        gate = make_gate(VLLM_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for _ in range(3):
+            assert call(gate, "GET", "/health").elapsed.total_seconds() < 1
     assert max(gate.seen) < 500
 
 
