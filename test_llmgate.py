@@ -4311,7 +4311,7 @@ def test_hundred_streams_run_side_by_side(start_process: StartProcess) -> None:
 
 
 def test_user_and_gate_have_their_bounds(make_gate: MakeGate) -> None:
-    """The 17th request of one user at a time is a 429, others are served.
+    """The 17th request of one user at a time is a 429, also on another gate; others are served.
 
     32 threads are kept free of relays: when all others run one it is 503, and the rest goes on.
     """
@@ -4324,6 +4324,7 @@ def test_user_and_gate_have_their_bounds(make_gate: MakeGate) -> None:
         statuses = [answer.status_code for answer in running]
         assert statuses == [200] * 16 + [429] + [200] * 16 + [503] * 2
         assert_error(running[16], 429, "rate_limit_exceeded")
+        assert_error(chat(make_gate(), user.key), 429, "rate_limit_exceeded")
         assert_error(running[34], 503, "overloaded")
         began = time.monotonic()
         assert call(gate, "GET", "/users/me", login(gate, user)).status_code == 200
