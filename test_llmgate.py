@@ -4141,23 +4141,30 @@ def test_full_disk_refuses_what_begins_and_loses_nothing_that_runs(
 def test_running_stream_is_never_taken_for_a_dead_gates(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
-    """The clock goes on, the gate does not: it keeps its reservation, and its row ends right."""
+    """The clock goes on, the gate does not: it keeps its reservation, and its row ends right.
+
+    Nor does another gate, which sees the clock jump, take it for dead at once.
+    """
     clock = Clock(tmp_path, "2027-01-01 12:00:00")
-    gate = start_process(**clock.env)
-    user = register(gate, token_limit=70)
-    with chat(gate, user.key, "slow", stream=True, max_tokens=55) as running:
+    env = {"DATABASE_URL": f"sqlite:///{tmp_path / 'both.db'}", "JWT_SECRET_KEY": JWT_SECRET}
+    gate, other = start_two(start_process, env | clock.env, tmp_path)
+    user = register(gate, token_limit=125)
+    with chat(gate, user.key, "slow", stream=True, max_tokens=110) as running:
         events = stream_events(running)
         next(events)
         freeze(gate)
         clock.set("2027-01-01 13:00:00")
+        over = after_seconds(2.2)  # a gate looks after its rows every 2 s
+        while not over():
+            assert_error(chat(other, user.key), 429, "quota_reserved")
         gate.process.send_signal(signal.SIGCONT)
-        over = after_seconds(2.2)  # the gate looks after its rows every 2 s
+        over = after_seconds(2.2)
         while not over():
             assert next(events) and [row.status for row in gate.usage()] == ["pending"]
             assert_error(chat(gate, user.key), 429, "quota_reserved")
         assert list(events)[-1] == DONE
     row = gate.row(running)
-    assert (row.status, row.total, gate.tokens_used(user)) == ("ok", 65, 65)
+    assert (row.status, row.total, gate.tokens_used(user)) == ("ok", 120, 120)
 
 
 def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
