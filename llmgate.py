@@ -741,11 +741,12 @@ PROTOCOLS = {
 
 
 # Types of a part, or fields of one without a type, by which a model sees a picture or a medium.
-PICTURES = {"image_url", "image_pil", "image_embeds", "image", "input_image"}
+PICTURES = {"image_url", "image_pil", "image", "input_image"}
 MEDIA = PICTURES | {"audio_url", "input_audio", "audio", "video_url", "video"}
 MEDIA |= {"file", "input_file", "document"}
+MEDIA |= {"image_embeds", "audio_embeds", "video_embeds", "prompt_embeds"}  # of any length
 DATA_FIELDS = ("url", "data", "file_data")
-MEDIA_WORD = re.compile(rb'"(image|audio|video|input_|file|document)[a-z_]*"|\\u00[4-7]')
+MEDIA_WORD = re.compile(rb'"(image|audio|video|input_|file|document|prompt_)[a-z_]*"|\\u00[4-7]')
 
 
 def as_list(value: object) -> list[Any]:
@@ -755,7 +756,8 @@ def as_list(value: object) -> list[Any]:
 
 def content_parts(body: JSONObject) -> Iterator[JSONObject]:
     """The parts in which a model sees media: of messages, of input, and of a user's tool results."""
-    for item in as_list(body.get("messages")) + as_list(body.get("input")):
+    items = as_list(body.get("messages")) + as_list(body.get("input"))
+    for item in [x for part in items for x in as_list(part)]:  # also of several conversations
         item = item if isinstance(item, dict) else {}
         parts = as_list(item.get("content")) + as_list(item.get("output"))
         for part in [part for part in parts if isinstance(part, dict)]:
@@ -833,10 +835,13 @@ class Claim:
         bound = text_bytes + TEMPLATE_TOKENS + pictures * of_picture + others * assumed_context
         estimate = text_bytes // 4 + (pictures + others) * PICTURE_ESTIMATE
         # vLLM may read messages and prompt_embeds in completions and embeddings, too.
-        is_odd = field and ("messages" in self.body or "prompt_embeds" in self.body)
+        is_odd = field and not self.body.keys().isdisjoint(("messages", "prompt_embeds", "suffix"))
         is_ids = all(isinstance(x, list) and set(map(type, x)) <= {int} for x in self.prompts)
         if is_ids and not is_odd:
             bound = estimate = sum(map(len, self.prompts)) + len(self.prompts)
+        if field == "prompt" and self.body.get("prompt_embeds"):  # few bytes may be many tokens
+            bound = assumed_context * len(self.prompts)
+        bound += len(utf8(self.body.get("suffix"))) * (len(self.prompts) - 1)  # stands in each
         self.prompt_bound = min(bound, self.context * len(self.prompts))
         self.estimate = min(max(1, estimate), self.prompt_bound)
         too_many = len(self.prompts) > MAX_COUNTED_PROMPTS
@@ -1566,7 +1571,10 @@ COMMENT = b": keep-alive\n\n"  # of SSE; clients and proxies take it for a sign 
 # They touch other users, hide tokens from the meter, or pass the bound (n_predict of llama.cpp).
 REFUSED = """priority request_id kv_transfer_params ec_transfer_params vllm_xargs stream_interval
  use_beam_search n_predict"""
-REFUSED_OF_RESPONSES = " store background previous_response_id previous_input_messages"
+REFUSED_OF = {
+    "responses": " store background previous_response_id previous_input_messages",
+    "embeddings": " padding",
+}
 READ_FIELDS = (
     ("model", str, "the name of a model"),
     ("stream", bool | None, "true or false"),
@@ -1576,12 +1584,14 @@ READ_FIELDS = (
 
 def require_relayable(body: JSONObject, endpoint: str) -> None:
     """400 naming the field that is refused, or that the gate has to read and cannot."""
-    refused = REFUSED + REFUSED_OF_RESPONSES * (endpoint == "responses")
+    refused = REFUSED + REFUSED_OF.get(endpoint, "")
     for name in refused.split():
         if body.get(name) is not None and body[name] is not False:
             raise APIError("unsupported_value", name)
     if whole_number(body, "best_of", 1) not in (None, 1):
         raise APIError("unsupported_value", "best_of")
+    if any(part.get("uuid") is not None for part in content_parts(body)):
+        raise APIError("unsupported_value", "uuid")  # names a picture that may be another user's
     if endpoint == "embeddings" and body.get("encoding_format") in ("bytes", "bytes_only"):
         raise APIError("unsupported_value", "encoding_format")  # such an answer is no JSON
     for name, kind, must_be in READ_FIELDS:
@@ -2210,8 +2220,8 @@ def relay_request(endpoint: str) -> Response:
     """vLLM's answer, plain or streamed, within the caller's quota."""
     body = read_json()
     require_relayable(body, endpoint)
-    if endpoint == "completions":
-        body.setdefault("max_tokens", 16)  # as vLLM and OpenAI do; other servers would go on
+    if endpoint == "completions" and body.get("max_tokens") is None:
+        body["max_tokens"] = 16  # as vLLM and OpenAI do; other servers would go on
     body["model"] = gate.upstreams.resolve(body["model"])
     relay = Relay(gate.watcher, g.caller, endpoint, body)
     gate.watcher.admit(relay)

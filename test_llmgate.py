@@ -2528,7 +2528,7 @@ STORED = ["previous_response_id", "previous_input_messages", "request_id"]  # wi
 REFUSED_FIELDS = {  # whatever their value, but for null
     "chat/completions": [*HARMFUL, *OF_TEXT],
     "completions": [*HARMFUL, *OF_TEXT],
-    "embeddings": [*HARMFUL, "priority", "request_id"],
+    "embeddings": [*HARMFUL, "priority", "request_id", "padding"],
     "messages": HARMFUL,
     "responses": HARMFUL + STORED,
 }
@@ -2556,6 +2556,11 @@ def test_field_that_harms_others_or_has_a_wrong_type_is_refused(gate: Gate, user
             answer = post_text(gate, f"/v1/{endpoint}", user.key, body)
             assert name in refused(endpoint, answer, 400), value
             assert answer.json()["error"].get("param", name) == name, value
+    said = user_says([{"type": "image_url", "image_url": None, "uuid": "of-another"}])
+    named = [("responses", "input"), ("chat/completions", "messages"), ("embeddings", "messages")]
+    for (endpoint, holder), value in itertools.product(named, (said, [said])):
+        answer = relay(gate, user.key, endpoint, body_of(endpoint) | {holder: value})
+        assert "uuid" in refused(endpoint, answer, 400)
     assert gate.usage() == []
     body = json.dumps(chat_body(temperature=7)).replace("7", "1e999")  # no number for JSON
     assert_error(post_text(gate, "/v1/chat/completions", user.key, body), 400, "invalid_json")
@@ -3303,6 +3308,11 @@ LARGE: list[tuple[str, JSONObject]] = [
     ("completions", {"prompt": [[1] * 4000]}),
     ("completions", {"prompt": ["x" * 5000, "y" * 9000]}),
     ("completions", {"prompt": "", "prompt_embeds": [PICTURE[:9000]] * 9}),
+    ("completions", {"prompt_embeds": ["QUJD"], "max_tokens": 1}),  # of any length
+    ("chat/completions", {"messages": user_says([{"type": "prompt_embeds", "data": "QUJD"}])}),
+    ("completions", {"prompt": "a", "suffix": "x" * 40000}),
+    ("completions", {"prompt": ["a"] * 100, "suffix": "x" * 100, "max_tokens": 1}),
+    ("embeddings", {"messages": [user_says([{"type": "image_url", "image_url": {"url": "/a"}}])]}),
     ("chat/completions", {"": [1], "messages": user_says("word " * 20_000)}),
     *[("chat/completions", {name: {"type": "text", "text": "word" * 20_000}}) for name in RENDERED],
 ]
@@ -3336,7 +3346,7 @@ MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answ
     ("completions", {"prompt": ["word" * 200] * 50}, 50),
     ("completions", {"prompt": [[1] * 200] * 50}, 50),
     ("completions", {"prompt": "hi", "prompt_embeds": ["AAAA"] * 20}, 21),
-    ("completions", {"prompt": [[1], [1] * 8000], "max_tokens": None}, 2),
+    ("completions", {"prompt": [[1], [1] * 8000]}, 2),
 ]
 
 
@@ -3379,6 +3389,9 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
         for (endpoint, body, answers), limit in itertools.product(MANY, (12_000, 1_000_000)):
             user, case = register(gate, token_limit=limit), (endpoint, answers, limit)
             answer = relay(gate, user.key, endpoint, body_of(endpoint, most=8000) | body)
+            if "prompt_embeds" in body and limit == 12_000:  # each may fill the context
+                assert_error(answer, 429, "insufficient_quota")
+                continue
             assert answer.status_code == 200, answer.text
             assert answers < answers * asked[-1] <= limit, case
             longest = max(map(len, body.get("prompt", [""])))
@@ -3387,6 +3400,8 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
         no_prompts = {"prompt": [True, None]}  # which vLLM refuses
         key, body = register(gate, token_limit=12_000).key, body_of("completions", most=8000)
         assert relay(gate, key, "completions", body | no_prompts).status_code == 200
+        body |= {"max_tokens": None, "prompt": "a"}  # of which vLLM and OpenAI make 16
+        assert relay(gate, key, "completions", body).status_code == 200 and asked[-1] == 16
 
 
 def test_counting_costs_vllm_no_more_than_answering(
