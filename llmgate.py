@@ -234,7 +234,7 @@ def read_dotenv(path: Path) -> dict[str, str]:
         if line.error or (line.key in known and line.value is None):
             number = line.original.line
             raise SettingsError(f"Line {number} of .env must be written as NAME=value")
-    values = dotenv_values(stream=io.StringIO(text))
+    values = dotenv_values(stream=io.StringIO(text), interpolate=False)  # a secret may have ${
     found = {name: value or "" for name, value in values.items()}
     for name in found:
         near = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.8)
@@ -622,8 +622,9 @@ def log_in(username: object, password: object) -> Row:
         with database.begin() as execute:  # before it is known whether the password is right
             (attempt,) = execute(COUNT_TRY, values)
             now_ms = int(time.time() * 1000)
-            if attempt.held_until_ms > now_ms:
-                wait_s = (attempt.held_until_ms - now_ms) // 1000 + 1
+            held_ms = attempt.held_until_ms - now_ms  # too long: a clock was wrong
+            if attempt.tries > 5 and 0 < held_ms <= 900_000:
+                wait_s = held_ms // 1000 + 1
                 why = "Too many wrong passwords for this name"
                 raise APIError("rate_limit_exceeded", why=why, wait_s=wait_s)  # and not counted
             # Held back for 1 s after the fifth try, for 2 s after the sixth, ... for 15 minutes.
@@ -2518,12 +2519,21 @@ class LineFormatter(logging.Formatter):
         return "".join(traceback.format_tb(ei[2])) + words_of(ei[1])
 
 
+class LogFile(logging.handlers.RotatingFileHandler):
+    """A file that is rotated at 10 MB; where it may not be renamed, it grows on."""
+
+    def doRollover(self) -> None:
+        """Begins a new file."""
+        with suppress(OSError):
+            super().doRollover()
+
+
 def log_to(file: str, number: int) -> logging.Handler:
     """Begins the log; of several processes the first one rotates the file. SettingsError."""
     handler: logging.Handler = logging.StreamHandler()
     try:
         if file != "-" and number == 1:
-            handler = logging.handlers.RotatingFileHandler(file, "a", 10 << 20, 5, "utf-8")
+            handler = LogFile(file, "a", 10 << 20, 5, "utf-8")
         elif file != "-":
             handler = logging.handlers.WatchedFileHandler(file, encoding="utf-8")
     except OSError as error:
@@ -2791,7 +2801,7 @@ def asked_password() -> str:
     """A password typed twice, or the first line of standard input."""
     if sys.stdin.isatty():
         return str(click.prompt("Password", hide_input=True, confirmation_prompt=True))
-    return sys.stdin.readline().rstrip("\n")
+    return sys.stdin.readline().rstrip("\r\n")
 
 
 @cli.command()
