@@ -747,7 +747,6 @@ MEDIA = PICTURES | {"audio_url", "input_audio", "audio", "video_url", "video"}
 MEDIA |= {"file", "input_file", "document"}
 MEDIA |= {"image_embeds", "audio_embeds", "video_embeds", "prompt_embeds"}  # of any length
 DATA_FIELDS = ("url", "data", "file_data")
-MEDIA_WORD = re.compile(rb'"(image|audio|video|input_|file|document|prompt_)[a-z_]*"|\\u00[4-7]')
 
 
 def as_list(value: object) -> list[Any]:
@@ -755,16 +754,19 @@ def as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def objects_in(value: object) -> list[JSONObject]:
+    """The objects in a list, or the only one."""
+    return [x for x in as_list(value) if isinstance(x, dict)]
+
+
 def content_parts(body: JSONObject) -> Iterator[JSONObject]:
     """The parts in which a model sees media: of messages, of input, and of a user's tool results."""
-    items = as_list(body.get("messages")) + as_list(body.get("input"))
-    for item in [x for part in items for x in as_list(part)]:  # also of several conversations
-        item = item if isinstance(item, dict) else {}
-        parts = as_list(item.get("content")) + as_list(item.get("output"))
-        for part in [part for part in parts if isinstance(part, dict)]:
+    conversations = as_list(body.get("messages")) + as_list(body.get("input"))
+    for item in [x for conversation in conversations for x in objects_in(conversation)]:
+        for part in objects_in(item.get("content")) + objects_in(item.get("output")):
             yield part
             if part.get("type") == "tool_result" and item.get("role") == "user":
-                yield from (x for x in as_list(part.get("content")) if isinstance(x, dict))
+                yield from objects_in(part.get("content"))
 
 
 def media_in(body: JSONObject) -> tuple[int, int, int]:
@@ -773,15 +775,13 @@ def media_in(body: JSONObject) -> tuple[int, int, int]:
     others = 0
     data_bytes = 0
     for part in content_parts(body):
-        kinds = MEDIA & {*part, part["type"] if isinstance(part.get("type"), str) else ""}
+        kinds = MEDIA & {*part, str(part.get("type"))}
         if kinds:
             pictures += kinds <= PICTURES
             others += not kinds <= PICTURES
-            for holder in (part, *(part.get(name) for name in (*MEDIA, "source"))):
-                data = [holder]
-                if isinstance(holder, dict):
-                    data = [holder.get(name) for name in DATA_FIELDS]
-                data_bytes += sum(len(text) for text in data if isinstance(text, str))
+            holders = [part, *map(part.get, (*MEDIA, "source"))]
+            data = [x.get(name) for x in holders if isinstance(x, dict) for name in DATA_FIELDS]
+            data_bytes += sum(len(text) for text in holders + data if isinstance(text, str))
     return pictures, others, data_bytes
 
 
@@ -828,7 +828,7 @@ class Claim:
     def _measure_prompt(self, raw: bytes, assumed_context: int) -> None:
         """The prompt's upper bound, and an estimate: what is charged when no count ever comes."""
         field = self.protocol.prompt_field
-        pictures, others, data_bytes = media_in(self.body) if MEDIA_WORD.search(raw) else (0, 0, 0)
+        pictures, others, data_bytes = media_in(self.body)
         of_picture = min(PICTURE_TOKENS, assumed_context)
         if "mm_processor_kwargs" in self.body:  # it may ask for larger ones
             of_picture = assumed_context
