@@ -81,7 +81,6 @@ CONNECT_TIMEOUT_S = 2
 ABORT_GRACE_S = 2.0  # for vLLM to end a request that it was told to abort
 HANGUP_GRACE_S = 0.6  # for vLLM to notice that its caller has gone, and to send its counts
 MODELS_TTL_S = 10  # age at which a list of models is fetched anew
-RETRY_OPTION_S = 600  # until vLLM is asked again for what it has refused
 JWT_LEEWAY_S = 10  # how far the clocks of two gates may differ
 MAX_EVENT_BYTES = 16 << 20  # the last one of responses holds all of the answer
 MAX_ACCOUNT_BODY_BYTES = 64 << 10  # of /auth and /users
@@ -1410,8 +1409,6 @@ class Upstream:
         self.models: dict[str, JSONObject] = {}  # id: what callers may see of its entry
         self.why_down = "not asked yet"  # "" while it is up
         self.idle: list[Exchange] = []  # kept, for 0.4 ms less at the next request
-        self.no_aborts_until = 0.0  # monotonic: it has refused abort_requests
-        self.no_running_counts_until: dict[str, float] = {}  # model: likewise
 
     def connect(self) -> Exchange | None:
         """A connection, kept or new; None: the server is down, and `why_down` says why."""
@@ -1433,12 +1430,10 @@ class Upstream:
                 self.idle.pop().hang_up()
 
     def mark_down(self, why: str) -> None:
-        """The server is not there: who comes back may be another one."""
+        """The server is not there."""
         if why != self.why_down:
             log.warning("%s is down: %s", self.url, why)
         self.why_down = why
-        self.no_aborts_until = 0.0
-        self.no_running_counts_until = {}
 
     def call(self, path: str, body: JSONObject | None = None, wait_s: int = 2) -> requests.Response:
         """A GET or, with a body, a POST of the gate's own; 502, 504."""
@@ -1475,12 +1470,12 @@ class Upstream:
                 log.info("%s is up: %s", self.url, ", ".join(self.models))
             self.why_down = ""
 
-    def abort(self, upstream_ids: list[str]) -> None:
-        """Tells vLLM to end these requests; that it has refused is remembered for a while."""
+    def abort(self, upstream_ids: list[str]) -> bool:
+        """Tells vLLM to end these requests; whether it does."""
         with suppress(APIError):
-            answer = self.call("/inference/v1/abort_requests", {"request_ids": upstream_ids})
-            if answer.status_code in (403, 404, 405):
-                self.no_aborts_until = time.monotonic() + RETRY_OPTION_S
+            path = "/inference/v1/abort_requests"
+            return self.call(path, {"request_ids": upstream_ids}).ok
+        return False
 
 
 def public_entry(entry: JSONObject) -> JSONObject:
@@ -1724,32 +1719,27 @@ class Relay:
                 return
         raise self.watcher.upstreams.unavailable()
 
-    def _send(self, body: JSONObject, again: bool = False) -> bytes:
+    def _send(self, body: JSONObject, running_counts: bool = True) -> bytes:
         """Asks vLLM; the body of its answer if that is a 400. 502, 503, 504."""
         server = cast(Upstream, self.upstream)
         exchange = cast(Exchange, self.exchange)
         if self.endpoint == "responses":
             body |= {"store": False, "request_id": f"resp_{self.request_id}"}
-        running_counts = False
-        if self.stream and PROTOCOLS[self.endpoint].reports:
-            refused_until = server.no_running_counts_until.get(self.model, 0)
-            running_counts = not again and refused_until < time.monotonic()
+        sent = body
+        reports = self.stream and PROTOCOLS[self.endpoint].reports
+        if reports:
             options = (body.get("stream_options") or {}) | {"include_usage": True}
             if running_counts:
                 options["continuous_usage_stats"] = True
-            sent = to_json(body | {"stream_options": options})
-        else:
-            sent = to_json(body)
+            sent = body | {"stream_options": options}
         headers = {"X-Request-Id": self.request_id, "X-Vllm-Priority": str(self.others_running)}
         path = f"{urlsplit(server.url).path}/v1/{self.endpoint}"
-        exchange.send(path, sent, server.headers | headers)
+        exchange.send(path, to_json(sent), server.headers | headers)
         refusal = b"".join(exchange.pieces()) if exchange.response.status == 400 else b""
-        if running_counts and b"continuous_usage_stats" in refusal:
+        if reports and running_counts and b"continuous_usage_stats" in refusal:
             exchange.hang_up()
             self._connect([server])
-            return self._send(body, again=True)
-        if again and exchange.response.status == 200:  # it was the option, not the caller's text
-            server.no_running_counts_until[self.model] = time.monotonic() + RETRY_OPTION_S
+            return self._send(body, running_counts=False)
         return refusal
 
     def _read_answer(self, refusal: bytes) -> Response:
@@ -1848,8 +1838,7 @@ class Relay:
                 return
         server = cast(Upstream, self.upstream)
         give_up_at = time.monotonic() + ABORT_GRACE_S
-        while server.no_aborts_until < time.monotonic() < give_up_at:
-            server.abort(self.ids_at_vllm)
+        while time.monotonic() < give_up_at and server.abort(self.ids_at_vllm):
             if self.ended.wait(0.1):  # else again: the request may not have been there yet
                 return
         for how in (socket.SHUT_WR, socket.SHUT_RDWR):
