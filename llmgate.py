@@ -1354,26 +1354,24 @@ class Exchange(io.RawIOBase):
                 raise ValueError("headers that make no sense")
 
     def pieces(self) -> Iterator[bytes]:
-        """The body as it arrives, up to 100 chunks that came together at a time; 502, 504."""
+        """The body as it arrives, chunks that came together in one piece; 502, 504."""
         response = self.response
-        chunks: list[bytes] = []
+        came = b""
         with upstream_errors("upstream_error"):
             try:
                 while chunk := response.read1(65536):
-                    chunks.append(chunk)
+                    came += chunk
                     # The reader holds the end of the chunk's line, and what came behind it.
                     more_has_come = response.chunked and response.fp.peek(1).lstrip()
-                    if not more_has_come or len(chunks) == 100:
-                        yield b"".join(chunks)
-                        chunks = []
-            except Exception:
-                if chunks:  # they came before the fault
-                    yield b"".join(chunks)
-                raise
-            if chunks:  # they came with the end
-                yield b"".join(chunks)
-            if response.length:
-                raise ValueError("the body is shorter than its Content-Length")
+                    if not more_has_come or len(came) > 65536:
+                        piece = came
+                        came = b""
+                        yield piece
+                if response.length:
+                    raise ValueError("the body is shorter than its Content-Length")
+            finally:
+                if came:  # with the end, or before a fault
+                    yield came
 
     def is_idle(self) -> bool:
         """Whether nothing has come, not even the connection's end."""
