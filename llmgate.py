@@ -2713,26 +2713,19 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
     awaited = ENDING | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # for sigwait(); a gate unblocks its own
     gates = {start_gate(settings, listening, n): n for n in range(1, settings.processes + 1)}
-    status = 0
-    while not status:
-        pid, wait_status = os.waitpid(-1, os.WNOHANG)
-        if not pid and signal.sigwait(awaited) != signal.SIGCHLD:
-            break
-        if pid not in gates:  # none has ended, or a child of what this process was before
-            continue
-        number = gates.pop(pid)
-        code = os.waitstatus_to_exitcode(wait_status)
-        if code == 2:  # a setting is wrong: another start would not mend it
-            status = 2
-        else:
-            log.warning("Process %d ended (%d); starting another.", number, code)
-            if signal.sigtimedwait(ENDING, 1):
-                break
-            gates[start_gate(settings, listening, number)] = number
+    while signal.sigwait(awaited) == signal.SIGCHLD:
+        for pid, number in list(gates.items()):
+            ended, wait_status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(wait_status)
+                log.warning("Process %d ended (%d); starting another.", number, code)
+                time.sleep(1)  # it may be one that cannot live
+                del gates[pid]
+                gates[start_gate(settings, listening, number)] = number
     for pid in gates:
         os.kill(pid, signal.SIGTERM)
     failed = [pid for pid in gates if os.waitpid(pid, 0)[1]]
-    sys.exit(status or bool(failed))
+    sys.exit(bool(failed))
 
 
 @click.group(invoke_without_command=True)

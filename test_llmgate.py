@@ -1236,9 +1236,10 @@ class ProcessGate(Gate):
         return int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
 
     def workers(self) -> set[int]:
-        """Return its children's process ids: with PROCESSES they do the work."""
+        """Return its running children's process ids: with PROCESSES they do the work."""
         pid = self.process.pid
-        return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return {int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes()}
 
 
 def clean_env() -> dict[str, str]:
