@@ -2591,7 +2591,6 @@ class Server:
         host, port = listening.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._grace_s = 0.0  # what running answers get after drain()
-        self._draining_since = 0.0  # monotonic
         self._sockets: dict[int, Any] = {}  # all that waitress's loop looks at
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # a relay has two connections
         self._waitress = waitress.create_server(
@@ -2633,15 +2632,10 @@ class Server:
             upstream.session.close()
         self.app.database.close()
 
-    def drain(self, grace_s: float = 30) -> float:
-        """Refuses new relays from now on; running ones get `grace_s`, then run() ends.
-
-        Returns when it was called first (monotonic).
-        """
-        self._draining_since = self._draining_since or time.monotonic()
+    def drain(self, grace_s: float = 30) -> None:
+        """Refuses new relays from now on; running ones get `grace_s`, then run() ends."""
         self._grace_s = grace_s
         self.app.watcher.draining = True
-        return self._draining_since
 
     def _let_answers_end(self, wait_s: float) -> None:
         """Serves on until all is answered, but not for longer than this."""
@@ -2672,10 +2666,13 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
     run_on({sorted(CORES)[(first + number) % len(CORES)]})
     log_to(settings.log_file, number)
     server = Server(settings, listening)
+    signals_at: list[float] = []  # monotonic
 
     def end(*_: object) -> None:
+        signals_at.append(time.monotonic())
+        server.drain()
         # A terminal, a shell or a service manager may send two at once; what comes later is a wish.
-        if time.monotonic() > server.drain() + 1:
+        if signals_at[-1] > signals_at[0] + 1:
             os._exit(1)
 
     for name in ENDING:
