@@ -15,7 +15,6 @@ A watcher thread looks after running relays. Each part of the file uses only the
 # mypy: disable-error-code="import-untyped, misc"
 from __future__ import annotations
 
-import codecs
 import ctypes
 import difflib
 import hashlib
@@ -345,9 +344,9 @@ def words_of(error: BaseException) -> str:
 
 
 def parse_json(text: bytes | bytearray) -> Any:
-    """JSON's value; None for what is no JSON."""
+    """JSON's value; None for what is no JSON. A byte order mark before it is read over."""
     with suppress(ValueError, RecursionError):
-        return json.loads(text.decode())
+        return json.loads(text.decode("utf-8-sig"))
     return None
 
 
@@ -2024,7 +2023,7 @@ def read_json() -> JSONObject:
     """The body, a JSON object; 400, 413, 415. NaN in it is refused where it is used."""
     if request.mimetype != "application/json" or "Content-Encoding" in request.headers:
         raise APIError("unsupported_media_type")
-    body = parse_json(request.get_data().removeprefix(codecs.BOM_UTF8))
+    body = parse_json(request.get_data())
     if not isinstance(body, dict):
         raise APIError("invalid_json")
     return body
