@@ -56,7 +56,6 @@ import jwt
 import requests
 import sqlalchemy as sa
 import waitress
-from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 from flask import Blueprint, Flask, Response, current_app, g, request
 from flask_sqlalchemy import SQLAlchemy
@@ -228,13 +227,14 @@ def read_dotenv(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError):
         raise SettingsError(".env must be a text file in UTF-8 that the gate may read") from None
     known = [item.name.upper() for item in fields(Settings)]
-    for line in parse_stream(io.StringIO(text)):
-        if line.error or (line.key in known and line.value is None):
+    found: dict[str, str] = {}
+    for line in parse_stream(io.StringIO(text)):  # dotenv_values() would pass over errors
+        name = line.key or ""
+        if line.error or (name in known and line.value is None):
             number = line.original.line
             raise SettingsError(f"Line {number} of .env must be written as NAME=value")
-    values = dotenv_values(stream=io.StringIO(text), interpolate=False)  # a secret may have ${
-    found = {name: value or "" for name, value in values.items()}
-    for name in found:
+        if name:
+            found[name] = line.value or ""
         near = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.8)
         if near and name not in known and not name.startswith("LLMGATE_"):
             raise SettingsError(f"{name} in .env is no setting; did you mean {near[0]}?")
