@@ -2255,9 +2255,7 @@ def health() -> JSONObject:
     upstreams = gate.upstreams
     if gate.watcher.draining:
         raise APIError("draining")
-    sql = """INSERT INTO login_attempts (name_hash, tries, held_until_ms) VALUES ('health', 0, :now)
- ON CONFLICT (name_hash) DO UPDATE SET held_until_ms = :now RETURNING tries"""
-    gate.database.write(sql, now=int(time.time()) * 1000)
+    gate.database.write(COUNT_TRY, name_hash="health")  # no name's: FORGET_OLD_LOGINS deletes it
     upstreams.models(may_wait=False)  # keeps the list fresh
     up = sum(not server.why_down for server in upstreams)
     return {"status": "ok", "upstreams": {"up": up, "of": len(upstreams)}}
