@@ -60,7 +60,6 @@ from dotenv.parser import parse_stream
 from flask import Blueprint, Flask, Response, current_app, g, request
 from flask_sqlalchemy import SQLAlchemy
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask
 from waitress.wasyncore import close_all, loop
 from werkzeug.exceptions import HTTPException
@@ -2480,6 +2479,7 @@ class Gate(Flask):
 
     def wsgi_app(self, environ: JSONObject, start_response: Any) -> Any:
         """Flask's; X-Forwarded-* counts where it comes from TRUSTED_PROXY."""
+        environ["PATH_INFO"] = environ["PATH_INFO"] or "/"  # or Flask would answer by a redirect
         app: Any = super().wsgi_app
         if environ["REMOTE_ADDR"] == self.settings.trusted_proxy:
             app = ProxyFix(app, x_host=1, x_port=1)
@@ -2547,23 +2547,10 @@ class JSONErrorTask(ErrorTask):
         super().execute()
 
 
-class Parser(HTTPRequestParser):
-    """A request; waitress lets urlsplit's ValueError end the connection without an answer."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        """Reads the request's head; refuses what cannot be its target."""
-        try:
-            super().parse_header(header_plus)
-        except ValueError:
-            raise ParsingError("Bad URI") from None
-        self.path: str = cast(Any, self).path or "/"  # or Flask would answer by a redirect
-
-
 class Channel(HTTPChannel):
     """A connection whose errors are JSON."""
 
     error_task_class = JSONErrorTask
-    parser_class = Parser
 
 
 def bind(settings: Settings) -> socket.socket:
