@@ -24,6 +24,7 @@ import io
 import json
 import logging.handlers
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -46,6 +47,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote, urlsplit
@@ -2648,6 +2650,9 @@ def serve(settings: Settings, listening: socket.socket, number: int = 1) -> None
     # the time. Each of several processes takes another one.
     first = os.getpid() if settings.processes == 1 else os.getppid()
     run_on({sorted(CORES)[(first + number) % len(CORES)]})
+    if multiprocessing.parent_process():
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ends when that one does
+        logging.getLogger().handlers.clear()  # that one's
     log_to(settings.log_file, number)
     server = Server(settings, listening)
     signals_at: list[float] = []  # monotonic
@@ -2674,39 +2679,31 @@ stop      Ctrl-C: running answers get 30 s; once more: at once""")
     server.run()
 
 
-def start_gate(settings: Settings, listening: socket.socket, number: int) -> int:
-    """Forks a gate, which ends when this process does; its process id."""
-    supervisor = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() == supervisor:
-            logging.getLogger().handlers.clear()  # the supervisor's
-            serve(settings, listening, number)
-        os._exit(0)  # sys.exit() would die by a signal that still comes
-    return pid
-
-
 def serve_all(settings: Settings, listening: socket.socket) -> None:
     """Runs PROCESSES gates on one socket, and another for one that dies, until a signal of ENDING."""
     log_to(settings.log_file, 0)
     Gate(settings).database.close()  # makes the tables and the secret, while nobody else does
     awaited = ENDING | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # for sigwait(); a gate unblocks its own
-    gates = {start_gate(settings, listening, n): n for n in range(1, settings.processes + 1)}
-    while signal.sigwait(awaited) == signal.SIGCHLD:
-        for pid, number in list(gates.items()):
-            ended, wait_status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(wait_status)
-                log.warning("Process %d ended (%d); starting another.", number, code)
+    fork = multiprocessing.get_context("fork")
+    gates: dict[int, BaseProcess] = {}
+    while True:
+        for number in range(1, settings.processes + 1):
+            old = gates.get(number)
+            if old and old.is_alive():
+                continue
+            if old:
+                log.warning("Process %d ended (%d); starting another.", number, old.exitcode)
                 time.sleep(1)  # it may be one that cannot live
-                del gates[pid]
-                gates[start_gate(settings, listening, number)] = number
-    for pid in gates:
-        os.kill(pid, signal.SIGTERM)
-    failed = [pid for pid in gates if os.waitpid(pid, 0)[1]]
-    sys.exit(bool(failed))
+            gates[number] = fork.Process(target=serve, args=(settings, listening, number))
+            gates[number].start()
+        if signal.sigwait(awaited) != signal.SIGCHLD:
+            break
+    for process in gates.values():
+        process.terminate()
+    for process in gates.values():
+        process.join()
+    sys.exit(any(process.exitcode for process in gates.values()))
 
 
 @click.group(invoke_without_command=True)
