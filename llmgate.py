@@ -2445,6 +2445,7 @@ def load_secret(settings: Settings, database: Database) -> str:
 LIBPQ = {"connect_timeout": DB_TIMEOUT_S, "tcp_user_timeout": DB_TIMEOUT_S * 1000}
 LIBPQ |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2}
 POOL = {"pool_timeout": DB_TIMEOUT_S, "pool_size": 32, "max_overflow": 32, "pool_use_lifo": True}
+POOL |= {"pool_pre_ping": True}  # a connection may have ended since
 
 
 class Gate(Flask):
@@ -2456,10 +2457,8 @@ class Gate(Flask):
         self.url_map.merge_slashes = False  # or /v1//models would be answered by a redirect
         cast(Any, self.json).sort_keys = False
         self.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
-        options: JSONObject = POOL | {"connect_args": SQLITE}
-        if settings.database_url.startswith("postgresql"):
-            options = POOL | {"connect_args": LIBPQ, "pool_pre_ping": True}
-        self.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
+        arguments = SQLITE if settings.database_url.startswith("sqlite") else LIBPQ
+        self.config["SQLALCHEMY_ENGINE_OPTIONS"] = POOL | {"connect_args": arguments}
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
         for blueprint in (routes, jwt_routes, key_routes, either_routes):
             self.register_blueprint(blueprint)
