@@ -2289,6 +2289,7 @@ BROKEN_FRAMINGS = [
     OK_200 + CHUNKED + b"-5\r\nhello",
     OK_200 + CHUNKED + HALVES.removesuffix(b"0\r\n\r\n") + b"zz\r\n",
     OK_200 + b"Content-Type: text/x;\r\n charset=utf-8\r\n" + LENGTH + WHOLE_ANSWER,
+    OK_200 + b"Content-Type: application/json\r x\r\n" + LENGTH + WHOLE_ANSWER,
     b"+OK hello\r\n\r\n",
 ]
 
@@ -2356,9 +2357,11 @@ def test_end_of_a_broken_response_is_seen_and_its_text_counts_once(make_gate: Ma
             assert (gate.row(answer).status, gate.row(answer).estimated) == ("error", 1)
 
 
-VLLM_SAYS: list[tuple[int, str | bytes, str, bool]] = [  # status, words or body, our code, begun
-    (400, CONTEXT_ERROR, "", False),
-    (400, "1 validation error for AnthropicContentBlock", "", True),  # when all was generated
+VLLM_SAYS: list[tuple[int, str | bytes, str, str | bool]] = [  # status, words or body, our code
+    (400, CONTEXT_ERROR, "", False),  # and whether an answer had begun, or of which endpoint
+    (400, "1 validation error for AnthropicContentBlock", "", "messages"),  # all was generated
+    (400, "Unterminated string starting at: line 1 column 9 (char 1007)", "", "messages"),
+    (400, "1 validation error for ResponsesResponse", "", "responses"),
     (429, "Too many requests; the queue is full.", "", False),
     (429, "Token limit exceeded: too many tokens, it exceeds the limit of 9", "", False),
     (503, "The queue is full.", "upstream_busy", False),
@@ -2384,7 +2387,8 @@ def test_refusals_of_vllm_keep_their_status_and_its_faults_are_502(make_gate: Ma
     with Upstream() as second, scripted_gate(make_gate, say) as gate:
         gate.expected_5xx, user = {502, 503}, register(gate)
         cases = itertools.product(ENDPOINTS, enumerate(VLLM_SAYS), (False, True))
-        for endpoint, (number, (status, said, code, begun)), stream in cases:
+        for endpoint, (number, (status, said, code, began)), stream in cases:
+            begun = began in (True, endpoint)
             body, passes = body_of(endpoint, seed=number, stream=stream), isinstance(said, str)
             with relay(gate, user.key, endpoint, body) as answer:
                 text, row = answer.text, gate.row(answer)
@@ -4396,7 +4400,7 @@ def test_few_descriptors_are_no_spinning_loop(start_process: StartProcess, tmp_p
 
 
 def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProcess) -> None:
-    """31 MB: none without a key, with one it returns; more is refused, before its first byte.
+    """31 MB: none without a key, with one it returns; more is refused, and a million JSON values.
 
     The log tells of that, too, and no request fills it.
     """
@@ -4434,6 +4438,8 @@ def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProces
     logged = gate.log.stat().st_size
     assert_error(chat(gate, key, "x" * (1 << 20)), 404, "model_not_found")
     assert gate.log.stat().st_size - logged < 5_000  # or some such requests were all that is there
+    values = '{"model": "ok", "messages": [' + "[]," * 600_000 + "[]]}"  # 100 bytes of memory each
+    assert_error(post_text(gate, path, key, values), 413)
     assert len(gate.upstream.asked()) == 1
     body = json.dumps(chat_body(messages=user_says("x" * (31 << 20))))
     for _ in range(2):
