@@ -1307,16 +1307,16 @@ class Exchange(io.RawIOBase):
 
     response: http.client.HTTPResponse
 
-    def __init__(self, url: str, tls: ssl.SSLContext | None, timeout_s: int) -> None:
+    def __init__(self, server: Upstream) -> None:
         """Connects; OSError."""
-        parts = urlsplit(url)
-        place = (parts.hostname or "", parts.port or (443 if tls else 80))
+        self.server = server
+        parts = urlsplit(server.url)
+        place = (parts.hostname or "", parts.port or (443 if server.tls else 80))
         self._sock = socket.create_connection(place, CONNECT_TIMEOUT_S)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tls:
-            self._sock = tls.wrap_socket(self._sock, server_hostname=parts.hostname)
-        self._timeout_s = timeout_s
-        self._waits = math.ceil(timeout_s / PING_S)
+        if server.tls:
+            self._sock = server.tls.wrap_socket(self._sock, server_hostname=parts.hostname)
+        self._waits = math.ceil(server.timeout_s / PING_S)
         self.on_silence: Callable[[], object] = lambda: None  # called after each PING_S of it
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -1340,14 +1340,15 @@ class Exchange(io.RawIOBase):
     def close(self) -> None:
         """Nothing: the reader calls it at an answer's end, and the connection may be kept."""
 
-    def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> None:
+    def send(self, path: str, body: bytes, headers: dict[str, str]) -> None:
         """Sends a request and waits for the answer's status and headers; 502, 504."""
-        lines = [f"POST {path} HTTP/1.1", f"Content-Length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
+        server = self.server
+        lines = [f"POST {urlsplit(server.url).path}{path} HTTP/1.1", f"Content-Length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in (server.headers | headers).items()]
         with upstream_errors("upstream_error"):
-            self._sock.settimeout(self._timeout_s)
+            self._sock.settimeout(server.timeout_s)
             self._sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-            self._sock.settimeout(self._timeout_s / self._waits)
+            self._sock.settimeout(server.timeout_s / self._waits)
             self.response = http.client.HTTPResponse(cast(Any, self), method="POST")
             self.response.begin()
             answered = self.response.headers
@@ -1396,8 +1397,8 @@ class Upstream:
 
     def __init__(self, url: str, settings: Settings) -> None:
         self.url = url
-        self._timeout_s = settings.upstream_timeout
-        self._tls = ssl.create_default_context() if url.startswith("https") else None
+        self.timeout_s = settings.upstream_timeout
+        self.tls = ssl.create_default_context() if url.startswith("https") else None
         self.headers = {"Host": urlsplit(url).netloc, "Content-Type": "application/json"}
         self.headers["Accept-Encoding"] = "identity"
         if settings.vllm_api_key:
@@ -1418,7 +1419,7 @@ class Upstream:
                 return kept
             kept.hang_up()
         try:
-            return Exchange(self.url, self._tls, self._timeout_s)
+            return Exchange(self)
         except OSError as error:
             self.mark_down(words_of(error))
             return None
@@ -1536,7 +1537,7 @@ class Upstreams(list[Upstream]):
                 models[alias] = models[real] | {"id": alias}
         return models
 
-    def route(self, model: str, busy: list[Upstream | None]) -> list[Upstream]:
+    def route(self, model: str, busy: list[Upstream]) -> list[Upstream]:
         """The servers of a model, the least busy first; 404 `model_not_found`, or 502."""
         if model not in self.models():
             self.refresh()
@@ -1664,7 +1665,6 @@ class Relay:
         self.stream = body.get("stream") is True
         self.ids_at_vllm: list[str] = []  # by which its abort_requests knows this request
         self.meter: Meter | None = None  # None: the row is not written yet
-        self.upstream: Upstream | None = None
         self.exchange: Exchange | None = None  # vLLM has the request, or gets it now
         self.stopped_by = ""  # LEFT or DRAINING
         self.status = "pending"
@@ -1677,7 +1677,8 @@ class Relay:
     def answer(self, body: JSONObject, raw: bytes) -> Response:
         """vLLM's answer; 400, 404, 429, 502, 503, 504. `raw` is the body as it came."""
         try:
-            busy = [other.upstream for other in list(self.watcher.running)]
+            running = list(self.watcher.running)
+            busy = [other.exchange.server for other in running if other.exchange]
             servers = self.watcher.upstreams.route(self.model, busy)
             self._reserve(servers[0], body, raw)
             self._connect(servers)
@@ -1718,14 +1719,12 @@ class Relay:
         for server in servers:
             exchange = server.connect()
             if exchange:
-                self.upstream = server
                 self.exchange = exchange
                 return
         raise self.watcher.upstreams.unavailable()
 
     def _send(self, body: JSONObject, running_counts: bool = True) -> bytes:
         """Asks vLLM; the body of its answer if that is a 400. 502, 503, 504."""
-        server = cast(Upstream, self.upstream)
         exchange = cast(Exchange, self.exchange)
         if self.endpoint == "responses":
             body |= {"store": False, "request_id": f"resp_{self.request_id}"}
@@ -1737,12 +1736,11 @@ class Relay:
                 options["continuous_usage_stats"] = True
             sent = body | {"stream_options": options}
         headers = {"X-Request-Id": self.request_id, "X-Vllm-Priority": str(self.others_running)}
-        path = f"{urlsplit(server.url).path}/v1/{self.endpoint}"
-        exchange.send(path, to_json(sent), server.headers | headers)
+        exchange.send(f"/v1/{self.endpoint}", to_json(sent), headers)
         refusal = b"".join(exchange.pieces()) if exchange.response.status == 400 else b""
         if reports and running_counts and b"continuous_usage_stats" in refusal:
             exchange.hang_up()
-            self._connect([server])
+            self._connect([exchange.server])
             return self._send(body, running_counts=False)
         return refusal
 
@@ -1778,7 +1776,7 @@ class Relay:
         if self.stopped_by or status != 200 or exchange.response.will_close:
             exchange.hang_up()
         else:
-            cast(Upstream, self.upstream).idle.append(exchange)
+            exchange.server.idle.append(exchange)
         return response
 
     def _note_time(self, name: str) -> None:
@@ -1841,7 +1839,7 @@ class Relay:
         while not self.exchange:
             if self.ended.wait(0.02):
                 return
-        server = cast(Upstream, self.upstream)
+        server = self.exchange.server
         give_up_at = time.monotonic() + ABORT_GRACE_S
         while time.monotonic() < give_up_at and server.abort(self.ids_at_vllm):
             if self.ended.wait(0.1):  # else again: the request may not have been there yet
