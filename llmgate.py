@@ -912,6 +912,7 @@ class Claim:
         if len(self.prompts) > 1:  # the longest one's ids or characters
             prompt = max((len(x) for x in self.prompts if isinstance(x, str | list)), default=0)
         most = min(granted, max(self.context - prompt, 1))
+        self.output_bound = most
         for name in given or self.protocol.bounds[:1]:
             body[name] = min(body.get(name) or most, most)
         if type(body.get("min_tokens")) is int:
@@ -957,9 +958,8 @@ class Meter:
     UNBEGUN = ("response.created", "response.in_progress")
     LAST = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
-    def __init__(self, claim: Claim, reserved: int) -> None:
+    def __init__(self, claim: Claim) -> None:
         self._claim = claim
-        self._reserved = reserved
         options = claim.body.get("stream_options") or {}
         self._show_last = options.get("include_usage") is True
         self._show_all = self._show_last and options.get("continuous_usage_stats") is True
@@ -1086,7 +1086,7 @@ class Meter:
             output = max(output, 1, int(silent_s * SILENT_TOKENS_PER_S))
         output = min(output, claim.output_bound * claim.choices)
         prompt = known.prompt_tokens or claim.estimate
-        return Counts(prompt, output, estimated=1).at_most(self._reserved)
+        return Counts(prompt, output, estimated=1)
 
     def _running_counts(self) -> Counts:
         """What the choices have reported up to now."""
@@ -1125,8 +1125,8 @@ MOVE_TOKENS = """UPDATE users SET tokens_used = tokens_used + :more,
 
 def reserve(
     execute: Execute, user: Row, claim: Claim, row: JSONObject, most: int, resets_at: int | None
-) -> tuple[int, int]:
-    """Writes the row; (the output granted to each choice, requests of the user that run). 429.
+) -> int:
+    """Writes the row and bounds the output; how many requests of the user run already. 429.
 
     `row` has request_id, model, endpoint, stream, and gets the rest.
     """
@@ -1154,7 +1154,8 @@ def reserve(
     execute(INSERT_ROW, row)
     if now - (user.key_used_at or 0) >= 60:
         execute(TOUCH_KEY, row)
-    return granted, running
+    claim.limit_output(granted)
+    return cast(int, running)
 
 
 def book(
@@ -1708,9 +1709,8 @@ class Relay:
         with self.watcher.database.begin() as execute:
             if self.stopped_by:  # drain() waits no longer
                 raise APIError("draining", reason=self.stopped_by)
-            granted, self.others_running = reserve(execute, user, claim, row, most, resets_at)
-        self.meter = Meter(claim, row["reserved"])
-        claim.limit_output(granted)
+            self.others_running = reserve(execute, user, claim, row, most, resets_at)
+        self.meter = Meter(claim)
 
     def _connect(self, servers: list[Upstream]) -> None:
         """Takes the first server that is there; 502, 503."""
