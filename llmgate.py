@@ -796,10 +796,6 @@ def prompts_of(body: JSONObject, field: str) -> list[Any]:
     return prompt
 
 
-# Fields that no template renders; others that vLLM's count does not know count by their bytes.
-NEVER_RENDERED = {"stream_options", "metadata", "stop", "stop_sequences", "logit_bias", "include"}
-
-
 class Claim:
     """The worst case of one request, in tokens: a token has a byte or more.
 
@@ -894,8 +890,8 @@ class Claim:
             if type(count) is not int or is_stopped():
                 return None
             total += count
-        unknown = self.body.keys() - names - NEVER_RENDERED if names else set()
-        for name in unknown:
+        unknown = self.body.keys() - names if names else set()
+        for name in unknown:  # a template may render them
             if isinstance(self.body[name], str | list | dict):
                 total += len(to_json(self.body[name]))
         return total
