@@ -2159,14 +2159,13 @@ def create_key() -> tuple[JSONObject, int]:
     name = utf8(read_json().get("name")).decode().strip()
     if not name.isprintable() or not 1 <= len(name) <= 64:
         raise APIError("invalid_value", "name", must_be="1 to 64 printable characters")
-    api_key, row = gate.keyring.new_key(user_id=g.caller.id, name=name)
+    _, row = gate.keyring.new_key(user_id=g.caller.id, name=name)
     with gate.database.begin() as execute:
         execute(LOCK_USER, row)
         if len(execute(LIVE_KEYS, row)) >= MAX_KEYS:
             raise APIError("too_many_keys")
         (made,) = execute(INSERT_KEY, row)
-    key = {"id": made.id, "name": name, "created_at": row["now"], "last_used_at": None}
-    return key | {"tokens_used": 0, "api_key": api_key}, 201
+    return next(key for key in keys_of(g.caller.id) if key["id"] == made.id), 201
 
 
 def revoke(user_id: int, key_id: int) -> None:
