@@ -119,8 +119,10 @@ COUNT = range(1, MAX_BIGINT + 1)
 SECRET_SETTINGS = ("JWT_SECRET_KEY", "VLLM_API_KEY", "REGISTRATION_TOKEN", "DATABASE_URL")
 
 
-class SettingsError(Exception):
+class SettingsError(click.ClickException):
     """One line for the operator: which variable is wrong, and what it must be."""
+
+    exit_code = 2  # another start would not mend it
 
 
 def setting(default: str, rule: str | range = ".*", must_be: str = "printable UTF-8") -> Any:
@@ -2870,14 +2872,11 @@ def check() -> None:
 
 
 def main() -> None:
-    """The command line. Exit status 2: a setting is wrong, another start would not mend it."""
+    """The command line."""
     os.umask(0o077)  # database, -wal, -shm, log and secret are the gate's alone
     cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know no bars
     try:
         cli()
-    except SettingsError as error:
-        click.echo(f"llmgate: {error}", err=True)
-        sys.exit(2)
     except APIError as error:
         why = "" if str(error) in error.for_log else f" ({error.for_log})"
         sys.exit(f"llmgate: {error}{why}")
