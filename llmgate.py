@@ -818,7 +818,8 @@ class Claim:
         # What one choice may write: as asked for, or up to the model's context.
         asked = [whole_number(body, name, 0) for name in self.protocol.bounds]
         most = assumed_context if asked else 0
-        most = max((number for number in asked if number is not None), default=most)
+        # (vLLM makes a token when it is asked for none, too.)
+        most = max((number or 1 for number in asked if number is not None), default=most)
         self.output_bound = min(most, self.context)
         thinking = body.get("thinking") if endpoint == "messages" else None
         thinks = isinstance(thinking, dict) and type(thinking.get("budget_tokens")) is int
@@ -839,14 +840,17 @@ class Claim:
         is_ids = all(isinstance(x, list) and set(map(type, x)) <= {int} for x in self.prompts)
         if is_ids and not is_odd:
             bound = estimate = sum(map(len, self.prompts)) + len(self.prompts)
-        if field == "prompt" and self.body.get("prompt_embeds"):  # few bytes may be many tokens
+        has_embeds = field == "prompt" and self.body.get("prompt_embeds")
+        if has_embeds or self.body.get("chat_template"):  # few bytes may be many tokens
             bound = assumed_context * len(self.prompts)
+        for tool in objects_in(self.body.get("tools")):
+            if tool.get("type") == "namespace":  # whose name stands before each of its tools
+                bound += len(utf8(tool.get("name"))) * len(as_list(tool.get("tools")))
         bound += len(utf8(self.body.get("suffix"))) * (len(self.prompts) - 1)  # stands in each
         self.prompt_bound = min(bound, self.context * len(self.prompts))
         self.estimate = min(max(1, estimate), self.prompt_bound)
         too_many = len(self.prompts) > MAX_COUNTED_PROMPTS
         self._countable = not (is_ids or is_odd or pictures or others or too_many)
-        self._guess = len(raw) // 3 + 1  # of the prompt, where vLLM cannot count it
 
     def granted(self, room: int) -> int:
         """Output for each choice: at most a quarter of `room`, always up to 1,024; -1: no room."""
@@ -867,8 +871,6 @@ class Claim:
         counted = None
         with suppress(APIError):  # the relay says it, if no other server is there
             counted = self._counted(server, is_stopped)
-        if counted is None and not self.protocol.prompt_field:
-            counted = min(self.prompt_bound, self._guess)
         if counted is not None:
             self.prompt_bound = counted
             self.estimate = max(1, counted)

@@ -333,7 +333,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
 
     def route(self) -> None:
         """Choose the answer by method and path, as vLLM would."""
-        if self.server.say and self.command == "POST" and self.path != "/tokenize":
+        free = ("/tokenize", RENDER_PATH)
+        if self.server.say and self.command == "POST" and self.path not in free:
             return self.server.say(self, self.exchange.json())
         scale_out = self.server.scale_out
         if self.headers.get("Authorization") != f"Bearer {self.server.key}" and self.server.key:
@@ -3300,6 +3301,8 @@ NO_PICTURES: list[JSONObject] = [  # beside a picture
     *user_says([{"type": "video_url", "video_url": {"url": SAID}, "image_url": None}]),
 ]
 RENDERED = ("documents", "reasoning_effort", "response_format", "tool_choice", "what_comes_next")
+NAMESPACE: JSONObject = {"type": "namespace", "name": "n" * 200}  # stands before each tool's name
+NAMESPACE["tools"] = [{"type": "function", "name": "f"}] * 20
 LARGE: list[tuple[str, JSONObject]] = [
     ("completions", {"prompt": "x" * 40000, "messages": [{"role": "user"}]}),
     ("embeddings", {"input": "x" * 40000, "prompt": [1]}),
@@ -3311,6 +3314,9 @@ LARGE: list[tuple[str, JSONObject]] = [
     ("completions", {"prompt": "a", "suffix": "x" * 40000}),
     ("completions", {"prompt": ["a"] * 100, "suffix": "x" * 100, "max_tokens": 1}),
     ("embeddings", {"messages": [user_says([{"type": "image_url", "image_url": {"url": "/a"}}])]}),
+    ("completions", {"prompt": [[1]] * 120, "n": 16, "max_tokens": 0, "echo": True}),  # one each
+    ("responses", {"input": "7" * 3000, "max_output_tokens": 1}),  # which this vLLM cannot count
+    ("responses", {"input": "hi", "max_output_tokens": 1, "tools": [NAMESPACE]}),
     ("chat/completions", {"": [1], "messages": user_says("word " * 20_000)}),
     *[("chat/completions", {name: {"type": "text", "text": "word" * 20_000}}) for name in RENDERED],
 ]
@@ -3337,6 +3343,10 @@ def test_nothing_that_vllm_reads_escapes_the_count(make_gate: MakeGate) -> None:
         assert gate.upstream.asked() == []
         assert relay(gate, rich.key, endpoint, pictured).status_code == 200
         assert chat(gate, user.key, reasoning_effort="low", max_tokens=5).status_code == 200
+        template = "{% for i in range(9999) %}x{% endfor %}"  # of few bytes: vLLM counts it
+        assert chat(gate, register(gate).key, chat_template=template).status_code == 200
+        got = [x.path for x in gate.upstream.exchanges if template.encode() in x.body]
+        assert got == ["/tokenize", "/v1/chat/completions"]
 
 
 MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answers, how many
