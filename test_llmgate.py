@@ -2509,6 +2509,21 @@ EXTRA = (  # fields that nobody knows yet, and whole numbers of any length
 )
 
 
+def test_server_with_another_context_does_not_stand_in(make_gate: MakeGate) -> None:
+    """What was reserved would not do for it; the next request is made for it."""
+    with Upstream() as first, Upstream() as second:
+        first.listed = [{"id": "ok", "max_model_len": 4096}]
+        gate = make_gate(VLLM_ENDPOINT=f"{first.url},{second.url}")
+        gate.expected_5xx, gate.upstream, user = {502}, second, register(gate)
+        assert chat(gate, user.key).status_code == 200
+        first.__exit__()
+        assert_error(chat(gate, user.key), 502, "upstream_unavailable")
+        assert second.asked() == []
+        assert chat(gate, user.key).status_code == 200
+        second.exchanges += first.exchanges
+        gate.settle()
+
+
 def test_vllm_gets_what_was_sent_but_nothing_of_its_sender(gate: Gate, user: User) -> None:
     """Responses are not stored, and the gate names them."""
     headers = {"Cookie": "session=cookie-marker", "X-Request-Id": "chosen-by-the-caller"}
