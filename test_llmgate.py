@@ -4114,26 +4114,53 @@ def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
-def test_log_says_why_vllm_is_not_reached(make_gate: MakeGate, tmp_path: Path) -> None:
-    """In one line, with the user's name; the caller is told nothing of the machine."""
+def test_vllm_behind_tls(
+    make_gate: MakeGate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who leaves is charged there, too. The log says why vLLM is not reached, a caller does not."""
     with Upstream() as gone:
         reasons = {gone.url: "refused", "http://no-such-host.invalid:8001": "no-such-host.invalid"}
     with secure_upstream(tmp_path) as secure:
         reasons[secure.url], lines = "certificate verify failed", []
         for url, reason in reasons.items():
             gate = make_gate(VLLM_ENDPOINT=url)
-            gate.expected_5xx = {502}
-            user = register(gate)
+            gate.expected_5xx, gate.upstream, user = {502}, secure, register(gate)
             assert_error(chat(gate, user.key), 502, "upstream_unavailable")
             lines.append(f"{user.name} .*{reason}")
-    wait_until(lambda: all(re.search(line, gate.log.read_text()) for line in lines))
+        wait_until(lambda: all(re.search(line, gate.log.read_text()) for line in lines))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        gate = make_gate(VLLM_ENDPOINT=secure.url)
+        gate.upstream, user = secure, register(gate)
+        assert chat(gate, user.key).status_code == 200
+        assert streamed(gate, user.key)[-1] == DONE
+        for _ in range(5):
+            with chat(gate, user.key, "paced", stream=True) as running:
+                next(running.iter_content(100))
+        gate.settle()
+        assert Counter(row.status for row in gate.usage(user)) == {"ok": 2, "aborted": 5}
 
 
-def test_gate_out_of_descriptors_says_so(start_process: StartProcess) -> None:
-    """EMFILE on the way to vLLM: 502 for the caller, the reason in the log; then well again."""
-    gate = start_process()
+def test_gate_out_of_descriptors(start_process: StartProcess, tmp_path: Path) -> None:
+    """`ulimit -n 256` and 400 connections: little CPU, little output, well again at once.
+
+    EMFILE on the way to vLLM: 502 for the caller, the reason in the log; then well again.
+    """
+    few = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+    gate = start_process(**customized(tmp_path / "code", few))
     user = register(gate)
-    assert call(gate, "GET", "/v1/models", user.key).status_code == 200
+
+    def seconds() -> float:
+        times = Path(f"/proc/{gate.process.pid}/stat").read_text().split()
+        return (int(times[13]) + int(times[14])) / os.sysconf("SC_CLK_TCK")  # user and system mode
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(connected(gate))
+        before = seconds()
+        wait_until(after_seconds(0.6))
+        assert seconds() - before < 0.3
+    assert call(gate, "GET", "/v1/models", user.key, timeout=2).status_code == 200
+    assert sum(path.stat().st_size for path in (gate.log, gate.output, gate.errors)) < 200_000
     with connected(gate) as connection:
         connection.sendall(raw_request("GET", "/", {}))
         assert read_reply(connection).status_code == 200
@@ -4269,26 +4296,6 @@ def test_idle_and_slow_connections_do_no_harm(start_process: StartProcess) -> No
             assert time.monotonic() - began < 2
     wait_until(lambda: gate.descriptors() <= before + 2, 5)
     assert chat(gate, user.key).status_code == 200
-
-
-def test_few_descriptors_are_no_spinning_loop(start_process: StartProcess, tmp_path: Path) -> None:
-    """`ulimit -n 256` and 400 connections: little CPU, little output, well again at once."""
-    few = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
-    gate = start_process(**customized(tmp_path / "code", few))
-    user = register(gate)
-
-    def seconds() -> float:
-        times = Path(f"/proc/{gate.process.pid}/stat").read_text().split()
-        return (int(times[13]) + int(times[14])) / os.sysconf("SC_CLK_TCK")  # user and system mode
-
-    with contextlib.ExitStack() as stack:
-        for _ in range(400):
-            stack.enter_context(connected(gate))
-        before = seconds()
-        wait_until(after_seconds(0.6))
-        assert seconds() - before < 0.3
-    assert call(gate, "GET", "/v1/models", user.key, timeout=2).status_code == 200
-    assert sum(path.stat().st_size for path in (gate.log, gate.output, gate.errors)) < 200_000
 
 
 def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProcess) -> None:
@@ -5071,24 +5078,6 @@ def secure_upstream(directory: Path) -> Iterator[Upstream]:
         yield secure
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
-def test_vllm_behind_tls(start_process: StartProcess, tmp_path: Path) -> None:
-    """Plain, streamed, and left: what it has counted by then is charged here, too."""
-    with secure_upstream(tmp_path) as secure:
-        certificate = str(tmp_path / "cert.pem")
-        gate = start_process(VLLM_ENDPOINT=secure.url, SSL_CERT_FILE=certificate)
-        gate.upstream = secure
-        user = register(gate)
-        assert chat(gate, user.key).status_code == 200
-        assert streamed(gate, user.key)[-1] == DONE
-        for _ in range(5):
-            with chat(gate, user.key, "paced", stream=True) as running:
-                next(running.iter_content(100))
-        gate.settle()
-        assert Counter(row.status for row in gate.usage()) == {"ok": 2, "aborted": 5}
-        gate.stop()
-
-
 def test_forwarded_headers_count_only_from_the_proxy(make_gate: MakeGate) -> None:
     """TRUSTED_PROXY: what it says of host and protocol is believed, nobody else's word is."""
     gate = make_gate()
@@ -5139,9 +5128,14 @@ def secured(edge: Gate) -> Iterator[socket.socket]:
         yield made
 
 
-def test_gate_behind_nginx_is_as_good(make_gate: MakeGate) -> None:
-    """Events pass at once, who hangs up there is `aborted`, the public name is in opencode.json."""
-    with nginx(make_gate(**readme_env())) as edge:
+def test_gate_behind_nginx_is_as_good(start_process: StartProcess) -> None:
+    """Events pass at once, who hangs up there is `aborted`, the public name is in opencode.json.
+
+    Of a thousand slow callers, in the handshake, in headers or body, the gate sees none.
+    """
+    gate = start_process(**readme_env())
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # the first bytes of a TLS handshake
+    with nginx(gate) as edge:
         user = register(edge)
         assert best_of_six(lambda: longest_delay(edge, user.key), 0.15) < 0.15
         with secured(edge) as connection:
@@ -5156,30 +5150,18 @@ def test_gate_behind_nginx_is_as_good(make_gate: MakeGate) -> None:
         assert [p["options"]["baseURL"] for p in config["provider"].values()] == [f"{edge.url}/v1"]
         strange = call(edge, "GET", "/users/usage", headers={"Host": "evil.example"})
         assert_error(strange, 400, "host_not_allowed")
-
-
-def test_slow_callers_stay_at_nginx(start_process: StartProcess) -> None:
-    """A thousand: a third each in the handshake, in the headers, in the body. The gate sees none."""
-    gate = start_process(**readme_env())
-    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # the first bytes of a TLS handshake
-    with nginx(gate) as edge, contextlib.ExitStack() as stack:
-        user = register(edge)
-        assert chat(edge, user.key).status_code == 200
-        before, request, slow = gate.descriptors(), raw_chat(user.key, chat_body()), []
-        begun = [(connected, hello, 6)]
-        begun += [(secured, request, sent) for sent in (90, len(request) - 20)]
-        for connect, words, position in begun * 333:
-            connection = stack.enter_context(connect(edge))
-            connection.sendall(words[:position])
-            slow.append((connection, words[position:]))
-        for position in range(5):
-            for connection, rest in slow:
-                connection.sendall(rest[position : position + 1])
-            began = time.monotonic()
-            assert chat(edge, user.key).status_code == 200
-            assert time.monotonic() - began < 2
-            assert gate.descriptors() <= before + 2
-        assert len(edge.upstream.asked()) == 6
+        before, request = gate.descriptors(), raw_chat(user.key, chat_body())
+        begun = [(connected, hello[:6])]
+        begun += [(secured, request[:sent]) for sent in (90, len(request) - 20)]
+        with contextlib.ExitStack() as stack:
+            for connect, words in begun * 333:
+                stack.enter_context(connect(edge)).sendall(words)
+            for _ in range(3):
+                began = time.monotonic()
+                assert chat(edge, user.key).status_code == 200
+                assert time.monotonic() - began < 2
+                assert gate.descriptors() <= before + 2
+        assert edge.upstream.asked()[-4] is exchange  # and vLLM none
 
 
 def test_two_gates_behind_nginx_are_one_until_one_is_killed(
