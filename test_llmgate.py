@@ -1228,10 +1228,10 @@ class ProcessGate(Gate):
         """Return how many threads it has."""
         return len(os.listdir(f"/proc/{self.process.pid}/task"))
 
-    def resident_kb(self) -> int:
+    def memory_kb(self, kind: str = "VmRSS") -> int:
         """Return the memory that it holds."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
+        return int(re.findall(rf"{kind}:\s+(\d+)", status)[0])
 
     def workers(self) -> set[int]:
         """Return its running children's process ids: with PROCESSES they do the work."""
@@ -3105,12 +3105,10 @@ def test_configurations_of_all_clients_work(make_gate: MakeGate) -> None:
     config = call(gate, "GET", "/opencode.json", user.key).json()
     gate.upstream = other  # which made what is in the database
     (models,) = [provider["models"] for provider in config["provider"].values()]
-    contexts = {name: model["limit"]["context"] for name, model in models.items()}
-    assert contexts == {"llm-user-managed": MAX_MODEL_LEN} | {
-        name: behaviour.max_model_len for name, behaviour in BEHAVIOURS.items()
-    }
-    for model in models.values():
+    assert set(models) == {*BEHAVIOURS, "llm-user-managed"}
+    for name, model in models.items():
         assert 0 < model["limit"]["output"] <= model["limit"]["context"]
+        assert model["limit"]["context"] == BEHAVIOURS.get(name, Behaviour()).max_model_len
         assert model["tool_call"] is True
 
 
@@ -3515,10 +3513,8 @@ def test_gates_on_one_database_are_one(
             time.sleep(0.02)
     answered = [answer for answer in asking.result() if answer.status_code == 200]
     assert len(answered) >= 18
-    for answer in asking.result():
-        if answer not in answered:
-            code = assert_error(answer, 429)["code"]
-            assert code in ("quota_reserved", "insufficient_quota")
+    others = [assert_error(x, 429)["code"] for x in asking.result() if x not in answered]
+    assert set(others) <= {"quota_reserved", "insufficient_quota"}
     one.settle()  # and all have looked at the clock
     spent = sum(answer.json()["usage"]["total_tokens"] for answer in answered)
     assert one.tokens_used(racer) == spent <= 1000
@@ -3622,25 +3618,36 @@ def test_answer_that_breaks_off_is_told_and_booked(make_gate: MakeGate) -> None:
     assert {(row.status, row.total) for row in kept if row.stream} == {("error", 13)}
 
 
-def test_events_that_come_with_the_break_are_shown(make_gate: MakeGate) -> None:
-    """And they count. An event without an end does not fill the gate's memory."""
+def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
+    """As behind a tunnel whose far end is down; but what comes with the break is shown, and counts.
+
+    An event without an end does not fill the gate's memory.
+    """
     counted = TEXT.replace(b"]}", b'],"usage":%s}' % COUNT)
+    ends = {"fin": leave_with_fin, "reset": leave_with_reset}
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
+        if body["user"] in ends:
+            ends[body["user"]](upstream.connection)
+            raise ConnectionAbortedError
         upstream.start_stream()
         upstream.exchange.tokens = 13
         chunk = b"%x\r\n%s\r\n" % (len(counted), counted)
-        upstream.wfile.write(chunk * 3 + b"no size\r\n" * (body["seed"] == 0))  # one packet
-        while body["seed"]:
+        upstream.wfile.write(chunk * 3 + b"no size\r\n" * (body["user"] == "torn"))  # one packet
+        while body["user"] == "endless":
             upstream.chunk(b"x" * 65536)
 
     with scripted_gate(make_gate, say) as gate:
-        user = register(gate)
-        for seed in (0, 1):
-            *events, last = streamed(gate, user.key, seed=seed)
+        gate.expected_5xx, user = {502}, register(gate)
+        for end, stream in itertools.product([*ends] * 3, (False, True)):
+            with chat(gate, user.key, stream=stream, user=end) as answer:
+                assert_error(answer, 502)
+        for end in ("torn", "endless"):
+            *events, last = streamed(gate, user.key, user=end)
             assert events == [TEXT] * 3
             assert data(last)["error"]["code"] == "upstream_error"
-        assert gate.tokens_used(user) == 26
+        totals = Counter((row.status, row.total) for row in gate.usage())
+        assert totals == {("error", 0): 12, ("error", 13): 2}
         assert len(gate.upstream.asked()[-1].answer()) < 40_000_000
 
 
@@ -4065,21 +4072,6 @@ def test_frozen_gate_is_not_taken_for_dead(start_process: StartProcess, tmp_path
     assert (row.status, row.total, gate.tokens_used(user)) == ("ok", 120, 120)
 
 
-def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
-    """As behind a tunnel whose far end is down: 502, however often the client tries."""
-
-    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        (leave_with_fin, leave_with_reset)[body["seed"]](upstream.connection)
-        raise ConnectionAbortedError
-
-    with scripted_gate(make_gate, say) as gate:
-        gate.expected_5xx, user = {502}, register(gate)
-        for seed, stream in itertools.product((0, 1) * 3, (False, True)):
-            with chat(gate, user.key, stream=stream, seed=seed) as answer:
-                assert_error(answer, 502)
-        assert {(row.status, row.total) for row in gate.usage()} == {("error", 0)}
-
-
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
 def test_vllm_behind_tls(
     make_gate: MakeGate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -4108,10 +4100,7 @@ def test_vllm_behind_tls(
 
 
 def test_gate_out_of_descriptors(start_process: StartProcess, tmp_path: Path) -> None:
-    """`ulimit -n 256` and 400 connections: little CPU, little output, well again at once.
-
-    EMFILE on the way to vLLM: 502 for the caller, the reason in the log; then well again.
-    """
+    """`ulimit -n 256` and 400 connections: little CPU, little output; with none left the log says so."""
     few = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
     gate = start_process(**customized(tmp_path / "code", few))
     user = register(gate)
@@ -4273,10 +4262,6 @@ def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProces
     path, key, json_type = "/v1/chat/completions", made.split()[-1], "application/json"
     gate.secrets.add(key)
 
-    def most_kb() -> int:
-        status = Path(f"/proc/{gate.process.pid}/status").read_text()
-        return int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
-
     def ask_without_key(size: int) -> None:
         body = b'{"username": "' + b"x" * size + b'"}'
         statuses = {"/auth/token": 413, "/auth/register": 403, "/users/me/keys": 401}
@@ -4286,9 +4271,9 @@ def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProces
 
     assert chat(gate, key).status_code == 200
     ask_without_key(1 << 20)
-    before = most_kb()
+    before = gate.memory_kb("VmHWM")  # the most that it ever held
     ask_without_key(31 << 20)
-    assert most_kb() - before < 5_000
+    assert gate.memory_kb("VmHWM") - before < 5_000
     headers = {"Authorization": f"Bearer {key}", "Content-Type": json_type}
     declared = raw_request("POST", path, headers | {"Content-Length": str(2 * 10**9)})
     assert_error(send_raw(gate, declared), 413)
@@ -4310,7 +4295,7 @@ def test_large_request_is_refused_or_leaves_no_memory(start_process: StartProces
         answer = post_text(gate, path, key, body)
         assert answer.status_code == 400
         assert "maximum context length" in answer.json()["error"]["message"]  # vLLM's own words
-    wait_until(lambda: gate.resident_kb() < before + 20_000, 8)
+    wait_until(lambda: gate.memory_kb() < before + 20_000, 8)
 
 
 def test_flood_of_logins_does_not_hold_up_keys(start_process: StartProcess) -> None:
@@ -4369,9 +4354,8 @@ ODD_PATHS = [
 def strange_request(chance: random.Random, key: str, token: str) -> tuple[str, bytes, bool]:
     """Return a method, a request with one or two oddities, and whether its framing is right."""
     method, path = chance.choice(ROUTES).split()
-    right = token if path.startswith(("/users", "/auth")) else key
     headers = {"Host": "localhost", "Content-Type": "application/json"}
-    headers["Authorization"] = f"Bearer {right}"
+    headers["Authorization"] = f"Bearer {token if path.startswith(('/users', '/auth')) else key}"
     fields, body, framed = [*USUAL_FIELDS.items()], "", True
     for _ in range(chance.randint(1, 2)):
         odd = chance.choice(ODDITIES)
@@ -4599,7 +4583,7 @@ def test_ten_minutes_of_mixed_load(start_process: StartProcess) -> None:
     for minute in range(1, 11):
         mixed_load(gate, users, until=after_seconds(seconds / 10))
         gate.settle(10)
-        sizes.append((gate.resident_kb(), gate.descriptors(), gate.threads()))
+        sizes.append((gate.memory_kb(), gate.descriptors(), gate.threads()))
         print("minute {}: {} kB, {} files, {} threads".format(minute, *sizes[-1]))
     kilobytes, descriptors, threads = map(max, zip(*sizes[1:], strict=True))
     assert kilobytes < sizes[0][0] + 30_000
@@ -4817,10 +4801,7 @@ def test_operator_manages_users_while_the_gate_runs(gate: Gate) -> None:
 
 
 def test_operator_sees_all_users_and_resets_them(gate: Gate) -> None:
-    """`usage` draws the heaviest first; `check` recounts the rows, `reset-usage --all` keeps them.
-
-    What cannot be done is one line and a status for scripts; no key goes in another's name.
-    """
+    """`usage` draws the heaviest first, `check` recounts; what cannot be done is one line."""
     users = [register(gate, name, token_limit=100) for name in ("ann.x", "bob.x", "cyd.x")]
     for at in (0, 1, 1, 1, 2, 2):
         assert chat(gate, users[at].key, max_tokens=20).status_code == 200
@@ -5074,10 +5055,7 @@ def secured(edge: Gate) -> Iterator[socket.socket]:
 
 
 def test_gate_behind_nginx_is_as_good(start_process: StartProcess) -> None:
-    """Events pass at once, who hangs up there is `aborted`, the public name is in opencode.json.
-
-    Of a thousand slow callers, in the handshake, in headers or body, the gate sees none.
-    """
+    """Events pass at once, who hangs up is `aborted`; of a thousand slow callers it sees none."""
     gate = start_process(**readme_env())
     hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # the first bytes of a TLS handshake
     with nginx(gate) as edge:
