@@ -3453,7 +3453,7 @@ def spend_all(gate: Gate, user: User) -> None:
 
 
 def test_quota_begins_again_each_day(start_process: StartProcess, tmp_path: Path) -> None:
-    """At the first request or soon after midnight, and only once, also if the gate was down then."""
+    """At the first request or soon after midnight, only once, also if the gate was down then."""
     clock = Clock(tmp_path, "2028-02-28 12:00:00")
     gate = start_process(QUOTA_PERIOD="day", **clock.env)
     user, other = register(gate, token_limit=30), register(gate)
@@ -4049,7 +4049,7 @@ def test_full_disk_loses_nothing_that_runs(start_process: StartProcess) -> None:
 
 
 def test_frozen_gate_is_not_taken_for_dead(start_process: StartProcess, tmp_path: Path) -> None:
-    """Not by itself, nor by another which sees the clock jump: its stream goes on and ends right."""
+    """Not by itself, nor by another that sees the clock jump: its stream goes on and ends right."""
     clock = Clock(tmp_path, "2027-01-01 12:00:00")
     env = {"DATABASE_URL": f"sqlite:///{tmp_path / 'both.db'}", "JWT_SECRET_KEY": JWT_SECRET}
     gate, other = start_two(start_process, env | clock.env, tmp_path)
@@ -4100,7 +4100,7 @@ def test_vllm_behind_tls(
 
 
 def test_gate_out_of_descriptors(start_process: StartProcess, tmp_path: Path) -> None:
-    """`ulimit -n 256` and 400 connections: little CPU, little output; with none left the log says so."""
+    """`ulimit -n 256` and 400 connections: little CPU and output; the log says what is missing."""
     few = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
     gate = start_process(**customized(tmp_path / "code", few))
     user = register(gate)
