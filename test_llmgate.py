@@ -4079,8 +4079,13 @@ def test_vllm_behind_tls(
     """Who leaves is charged there, too. The log says why vLLM is not reached, a caller does not."""
     with Upstream() as gone:
         reasons = {gone.url: "refused", "http://no-such-host.invalid:8001": "no-such-host.invalid"}
-    with secure_upstream(tmp_path) as secure:
-        reasons[secure.url], lines = "certificate verify failed", []
+    make_certificate(tmp_path)
+    context, lines = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), []
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with Upstream() as secure:
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        secure.url = f"https://localhost:{secure.server_address[1]}"
+        reasons[secure.url] = "certificate verify failed"
         for url, reason in reasons.items():
             gate = make_gate(VLLM_ENDPOINT=url)
             gate.expected_5xx, gate.upstream, user = {502}, secure, register(gate)
@@ -4170,18 +4175,6 @@ def after_seconds(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > end
 
 
-@contextlib.contextmanager
-def upstream_process() -> Iterator[str]:
-    """The stand-in in a process of its own, so that it does not share this one's lock; its URL."""
-    arguments = [sys.executable, __file__, "upstream", "0"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout
-            yield re.findall(r"http://[\d.:]+", process.stdout.readline())[0]
-        finally:
-            process.kill()
-
-
 def test_hundred_streams_run_side_by_side(start_process: StartProcess) -> None:
     """None fails or is mixed up, p99 of the added delay < 100 ms, login and usage < 1 s."""
 
@@ -4209,7 +4202,11 @@ def test_hundred_streams_run_side_by_side(start_process: StartProcess) -> None:
         p99 = statistics.quantiles(delays, n=100)[98]
         return max(p99 / 0.1, *[wait.result() / 1.0 for wait in waits])
 
-    with upstream_process() as url:
+    vllm = [sys.executable, __file__, "upstream", "0"]  # which does not share this process's lock
+    process = subprocess.Popen(vllm, stdout=subprocess.PIPE, text=True)
+    with process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        (url,) = re.findall(r"http://[\d.:]+", process.stdout.readline())
         gate = start_process(VLLM_ENDPOINT=url)
         users = [register(gate) for _ in range(7)]
         assert best_of_six(share_of_bounds, 1) < 1
@@ -4990,18 +4987,6 @@ def make_certificate(directory: Path) -> None:
     arguments += " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
     arguments += f" -keyout {directory}/key.pem -out {directory}/cert.pem"
     subprocess.run(["openssl", *arguments.split()], check=True, capture_output=True)
-
-
-@contextlib.contextmanager
-def secure_upstream(directory: Path) -> Iterator[Upstream]:
-    """The stand-in behind TLS; its certificate is the directory's cert.pem."""
-    make_certificate(directory)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
-    with Upstream() as secure:
-        secure.socket = context.wrap_socket(secure.socket, server_side=True)
-        secure.url = f"https://localhost:{secure.server_address[1]}"
-        yield secure
 
 
 def test_forwarded_headers_count_only_from_the_proxy(make_gate: MakeGate) -> None:
