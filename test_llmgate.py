@@ -3441,8 +3441,7 @@ def unix(moment: str) -> float:
 
 def resets(gate: Gate) -> list[tuple[int, int]]:
     """Return user and tokens of each row that began a quota again."""
-    sql = "SELECT user_id, prompt_tokens + completion_tokens FROM usage"
-    return sorted(gate.rows(f"{sql} WHERE endpoint = 'reset-usage'"))
+    return sorted((x.user_id, x.total) for x in gate.usage() if x.endpoint == "reset-usage")
 
 
 def spend_all(gate: Gate, user: User) -> None:
@@ -3568,17 +3567,17 @@ def test_end_of_a_period_is_told(start_process: StartProcess, tmp_path: Path) ->
 
 def broken_off(gate: Gate, endpoint: str, answer: Reply) -> JSONObject:
     """Fail unless a stream shows all and then one error of its protocol; return the error."""
-    row, told = gate.row(answer), endpoint == "chat/completions"  # a count in each event
-    assert answer.content.startswith(passed_on(gate, endpoint, answer))
+    content, passed, row = answer.content, passed_on(gate, endpoint, answer), gate.row(answer)
+    assert content.startswith(passed) and content.endswith(b"\n\n")
+    assert content.count(b"\n\n") <= passed.count(b"\n\n") + 1
     *before, kind = re.findall(r"^event: (\S+)$", answer.text, re.MULTILINE) or [None]
     assert not {"error", "response.failed", "message_stop", "response.completed"} & {*before}
-    last = json.loads(answer.content.removesuffix(b"\n\n").rpartition(b"\ndata: ")[2])
-    assert kind == {"messages": "error", "responses": "response.failed"}.get(endpoint)
-    assert (
-        last.get("type") == kind
-        and last.get("response", {"status": "failed"})["status"] == "failed"
-    )
-    error = cast(JSONObject, last.get("response", last)["error"])
+    last = json.loads(content[:-2].rpartition(b"\ndata: ")[2])
+    kinds = {"messages": "error", "responses": "response.failed"}
+    assert last.get("type") == kind == kinds.get(endpoint)
+    failed, told = last.get("response", last), endpoint == "chat/completions"  # each event counts
+    assert endpoint != "responses" or failed["status"] == "failed"
+    error = cast(JSONObject, failed["error"])
     assert error["message"] and not LEAKS.search(error["message"])
     assert told == (set(error) == {"message", "type", "param", "code"})
     assert (row.status, row.estimated) == ("error", not told)
