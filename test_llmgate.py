@@ -4479,6 +4479,7 @@ def test_files_are_private_and_hold_no_secret(start_process: StartProcess, tmp_p
     assert f"'$2b${ROUNDS}$" in stored and ROUNDS >= 10  # OWASP's least
     assert [secret for secret in gate.secrets if secret in stored] == []
     gate.stop()
+    gate.check_output(gate.output, gate.errors)
     kept = secret.rename(tmp_path / "kept")
     assert "llmgate.secret" in refusal(tmp_path)
     assert not secret.exists()  # or no key could be shown again
