@@ -1544,9 +1544,7 @@ class Upstreams(list[Upstream]):
             self.refresh()
         servers = [server for server in self if model in server.models]
         if servers:
-            servers.sort(key=lambda server: (server.why_down != "", busy.count(server)))
-            context = servers[0].models[model].get("max_model_len")  # the claim is made for it
-            return [x for x in servers if x.models[model].get("max_model_len") == context]
+            return sorted(servers, key=lambda server: (server.why_down != "", busy.count(server)))
         if all(server.why_down for server in self):
             raise self.unavailable()
         raise APIError("model_not_found", "model", model=model[:200])
@@ -1677,8 +1675,8 @@ class Relay:
             running = list(self.watcher.running)
             busy = [other.exchange.server for other in running if other.exchange]
             servers = self.watcher.upstreams.route(self.model, busy)
-            self._reserve(servers[0], body, raw)
             self._connect(servers)
+            self._reserve(body, raw)
             return self._read_answer(self._send(body))
         except Exception as error:
             self.end("error", error.for_log if isinstance(error, APIError) else words_of(error))
@@ -1688,9 +1686,18 @@ class Relay:
                 raise APIError("draining") from None
             raise
 
-    def _reserve(self, server: Upstream, body: JSONObject, raw: bytes) -> None:
+    def _connect(self, servers: list[Upstream]) -> None:
+        """Takes the first server that is there: the claim is made for it; 502."""
+        for server in servers:
+            self.exchange = server.connect()
+            if self.exchange:
+                return
+        raise self.watcher.upstreams.unavailable()
+
+    def _reserve(self, body: JSONObject, raw: bytes) -> None:
         """Writes the row, and the bound of the output into the body; 400, 429."""
         user = self.user
+        server = cast(Exchange, self.exchange).server
         context = server.models.get(self.model, {}).get("max_model_len")
         claim = Claim(body, raw, self.endpoint, context)
         room = user.token_limit - user.tokens_used - user.tokens_reserved
@@ -1708,20 +1715,11 @@ class Relay:
             self.others_running = reserve(execute, user, claim, row, most, resets_at)
         self.meter = Meter(claim)
 
-    def _connect(self, servers: list[Upstream]) -> None:
-        """Takes the first server that is there; 502, 503."""
-        if self.stopped_by:
-            raise APIError("draining", reason=self.stopped_by)
-        for server in servers:
-            exchange = server.connect()
-            if exchange:
-                self.exchange = exchange
-                return
-        raise self.watcher.upstreams.unavailable()
-
     def _send(self, body: JSONObject, running_counts: bool = True) -> bytes:
         """Asks vLLM; the body of its answer if that is a 400. 502, 503, 504."""
         exchange = cast(Exchange, self.exchange)
+        if self.stopped_by:
+            raise APIError("draining", reason=self.stopped_by)
         if self.endpoint == "responses":
             body |= {"store": False, "request_id": f"resp_{self.request_id}"}
         sent = body
