@@ -1358,24 +1358,24 @@ class Exchange(io.RawIOBase):
                 raise ValueError("headers that make no sense")
 
     def pieces(self) -> Iterator[bytes]:
-        """The body as it arrives, chunks that came together in one piece; 502, 504."""
+        """The body as it arrives, up to 100 chunks that came together in one piece; 502, 504."""
         response = self.response
-        came = b""
+        chunks: list[bytes] = []
         with upstream_errors("upstream_error"):
             try:
                 while chunk := response.read1(65536):
-                    came += chunk
+                    chunks.append(chunk)
                     # The reader holds the end of the chunk's line, and what came behind it.
                     more_has_come = response.chunked and response.fp.peek(1).lstrip()
-                    if not more_has_come or len(came) > 65536:
-                        piece = came
-                        came = b""
+                    if not more_has_come or len(chunks) == 100:
+                        piece = b"".join(chunks)
+                        chunks.clear()
                         yield piece
                 if response.length:
                     raise ValueError("the body is shorter than its Content-Length")
             finally:
-                if came:  # with the end, or before a fault
-                    yield came
+                if chunks:  # they came with the end, or before a fault
+                    yield b"".join(chunks)
 
     def is_idle(self) -> bool:
         """Whether nothing has come, not even the connection's end."""
