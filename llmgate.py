@@ -79,7 +79,7 @@ DB_TIMEOUT_S = 5  # waiting for a database that others have locked, or that is a
 CONNECT_TIMEOUT_S = 2
 ABORT_GRACE_S = 2.0  # for vLLM to end a request that it was told to abort
 HANGUP_GRACE_S = 0.6  # for vLLM to notice that its caller has gone, and to send its counts
-MODELS_TTL_S = 10  # age at which a list of models is fetched anew
+MODELS_TTL_S = 10  # after which the lists of models are fetched anew
 JWT_LEEWAY_S = 10  # how far the clocks of two gates may differ
 MAX_EVENT_BYTES = 16 << 20  # the last one of responses holds all of the answer
 MAX_ACCOUNT_BODY_BYTES = 64 << 10  # of /auth and /users
@@ -114,7 +114,7 @@ PORT = r":([1-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
 HOST = rf"(?a:(\[(?=.*:.*:)[0-9A-Fa-f:.]+\]|[\w-]+(?:\.[\w-]+)*\.?)({PORT})?)"
 ADDRESS = r"(\d+(\.\d+){3}|(?=.*:.*:)[0-9A-Fa-f:.]+)?"
 URL = rf"https?://{HOST}(/[^?#\s]*)?"
-DATABASE = (r"sqlite:///.*[^/].*|postgresql\+psycopg://.+", "sqlite:/// or postgresql+psycopg://")
+DATABASE = (r"sqlite:///[^?]*[^?/]|postgresql\+psycopg://.+", "sqlite:/// or postgresql+psycopg://")
 COUNT = range(1, MAX_BIGINT + 1)
 SECRET_SETTINGS = ("JWT_SECRET_KEY", "VLLM_API_KEY", "REGISTRATION_TOKEN", "DATABASE_URL")
 
@@ -199,8 +199,8 @@ def complete_settings(values: JSONObject) -> None:
         raise SettingsError("DATABASE_URL must be a database's URL") from None
     if url.drivername == "sqlite":
         path = Path(url.database or "").absolute()
-        if not path.parent.is_dir():
-            raise SettingsError("DATABASE_URL must name a file in a folder that exists")
+        if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+            raise SettingsError("DATABASE_URL must name a file in a folder that one may write to")
         # Flask-SQLAlchemy would look for it elsewhere.
         values["database_url"] = url.set(database=str(path)).render_as_string()
     elif not values["jwt_secret_key"]:
@@ -267,7 +267,7 @@ ERRORS = {  # code: (status, message)
     "invalid_json": (400, "The body must be a JSON object, and valid JSON."),
     "unsupported_value": (400, "This gate does not accept {param}."),
     "too_many_keys": (400, "You have 100 keys, the most there can be; revoke one first."),
-    "missing_api_key": (401, "Send the header 'Authorization: Bearer KEY'."),
+    "missing_api_key": (401, "Send 'Authorization: Bearer KEY'; for an account: 'Bearer JWT'."),
     "invalid_api_key": (401, "This API key is not valid; GET /users/me shows the right one."),
     "invalid_token": (401, "This JWT is not valid; log in again at /auth/token."),
     "token_expired": (401, "This JWT has expired; log in again at /auth/token."),
@@ -1289,7 +1289,7 @@ def usage_report(database: Database, user: Row, days: int, resets_at: int | None
 # The model servers: what they serve, which one gets a request, one request's exchange with one, and
 # the gate's own calls. Nothing here knows of users or tokens.
 
-KEY_REFUSED = "it refuses the gate's own key, see VLLM_API_KEY"
+KEY_REFUSED = "what answers there refuses the gate's key; set VLLM_API_KEY, or start vLLM"
 
 
 @contextmanager
@@ -1508,15 +1508,10 @@ class Upstreams(list[Upstream]):
                     list(pool.map(Upstream.refresh, self))
                 self._refreshed_at = time.monotonic()
 
-    def models(self, may_wait: bool = True) -> dict[str, JSONObject]:
-        """{id: entry} of the servers that are up, the first one's first.
-
-        An old list is refreshed in the background; at once, while no server is up.
-        """
-        if may_wait and all(server.why_down for server in self):
+    def models(self) -> dict[str, JSONObject]:
+        """{id: entry} of the servers that are up, the first one's first."""
+        if all(server.why_down for server in self):
             self.refresh()
-        elif time.monotonic() - self._refreshed_at > MODELS_TTL_S and not self._refreshing.locked():
-            threading.Thread(target=self.refresh, daemon=True).start()
         found: dict[str, JSONObject] = {}
         for server in self:
             for name, entry in server.models.items() if not server.why_down else ():
@@ -1524,8 +1519,9 @@ class Upstreams(list[Upstream]):
         return found
 
     def resolve(self, model: str) -> str:
-        """The served model that a name or an alias stands for."""
-        return self.aliases.get(model, model) or next(iter(self.models()), model)
+        """The served model that a name, an alias or an alias of one stands for."""
+        real = self.aliases.get(model, model)
+        return self.aliases.get(real, real) or next(iter(self.models()), model)
 
     def public_models(self) -> dict[str, JSONObject]:
         """{id or alias: entry} as callers may see it; 502 while no server is up."""
@@ -1548,6 +1544,14 @@ class Upstreams(list[Upstream]):
         if all(server.why_down for server in self):
             raise self.unavailable()
         raise APIError("model_not_found", "model", model=model[:200])
+
+    def connect(self, servers: list[Upstream]) -> Exchange:
+        """A connection to the first server that is there; 502."""
+        for server in servers:
+            exchange = server.connect()
+            if exchange:
+                return exchange
+        raise self.unavailable()
 
     def unavailable(self) -> APIError:
         """502 with the reason why no server is up."""
@@ -1674,8 +1678,8 @@ class Relay:
         try:
             running = list(self.watcher.running)
             busy = [other.exchange.server for other in running if other.exchange]
-            servers = self.watcher.upstreams.route(self.model, busy)
-            self._connect(servers)
+            upstreams = self.watcher.upstreams
+            self.exchange = upstreams.connect(upstreams.route(self.model, busy))
             self._reserve(body, raw)
             return self._read_answer(self._send(body))
         except Exception as error:
@@ -1685,14 +1689,6 @@ class Relay:
             if self.stopped_by == DRAINING:
                 raise APIError("draining") from None
             raise
-
-    def _connect(self, servers: list[Upstream]) -> None:
-        """Takes the first server that is there: the claim is made for it; 502."""
-        for server in servers:
-            self.exchange = server.connect()
-            if self.exchange:
-                return
-        raise self.watcher.upstreams.unavailable()
 
     def _reserve(self, body: JSONObject, raw: bytes) -> None:
         """Writes the row, and the bound of the output into the body; 400, 429."""
@@ -1734,7 +1730,7 @@ class Relay:
         refusal = b"".join(exchange.pieces()) if exchange.response.status == 400 else b""
         if reports and running_counts and b"continuous_usage_stats" in refusal:
             exchange.hang_up()
-            self._connect([exchange.server])
+            self.exchange = self.watcher.upstreams.connect([exchange.server])
             return self._send(body, running_counts=False)
         return refusal
 
@@ -1915,8 +1911,9 @@ class Watcher:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Begins to watch, in two threads: a slow disk does not hold up the look at callers."""
-        for work in ((self._stop_left, 0.1), (self.upkeep, UPKEEP_S)):
+        """Begins to watch, in three threads: what is slow does not hold up the look at callers."""
+        models = (self.upstreams.refresh, MODELS_TTL_S)
+        for work in ((self._stop_left, 0.1), (self.upkeep, UPKEEP_S), models):
             self._threads.append(threading.Thread(target=self._repeat, args=work, daemon=True))
             self._threads[-1].start()
 
@@ -1945,13 +1942,14 @@ class Watcher:
 
     def _repeat(self, work: Callable[[], None], pause_s: float) -> None:
         """Does it again and again until stop(); what fails is logged, and tried again."""
-        while not self._stopping.wait(pause_s):
+        while not self._stopping.is_set():
             try:
                 work()
             except APIError as error:
                 log.error("upkeep: %s", error.for_log)
             except Exception:
                 log.exception("upkeep")
+            self._stopping.wait(pause_s)
 
     def _stop_left(self) -> None:
         """Stops the relays whose callers have left."""
@@ -2051,12 +2049,15 @@ def root() -> Response:
     """What this is, and what to do next."""
     url = base_url()
     key = '-H "Authorization: Bearer $LLMGATE_API_KEY"'
+    opencode = f"opencode auth login {url}"
+    if gate.settings.opencode_discovery == "off":
+        opencode = f"curl -sf {url}/opencode.json {key} -o opencode.json"
     text = f"""llmgate: OpenAI's and Anthropic's API with accounts, keys and quotas in front of vLLM.
 
 register  {how_to_register(url, gate.settings)}
 base URL  {url}/v1 (OpenAI), {url} (Anthropic)
 usage     curl {url}/users/usage {key} -H 'Accept: text/plain'
-OpenCode  opencode auth login {url}
+OpenCode  {opencode}
 Claude    curl -sf --create-dirs {url}/claude.json {key} -o ~/.claude/settings.json
 Codex     curl -sf --create-dirs {url}/codex.toml {key} -o ~/.codex/config.toml
 """
@@ -2232,9 +2233,10 @@ def count_tokens() -> Response:
     body = read_json()
     require_relayable(body, "messages")
     body["model"] = upstreams.resolve(body["model"])
-    server = upstreams.route(body["model"], [])[0]
+    exchange = upstreams.connect(upstreams.route(body["model"], []))
+    exchange.server.idle.append(exchange)  # it showed that the server is there
     with a_place(COUNTING, APIError("overloaded")):
-        answer = server.call("/v1/messages/count_tokens", body, 30)
+        answer = exchange.server.call("/v1/messages/count_tokens", body, 30)
     require_good_answer(answer.status_code, answer.headers)
     return plain_answer(answer.content, answer.status_code, answer.headers)
 
@@ -2254,13 +2256,11 @@ def users_usage() -> JSONObject | Response:
 @routes.get("/health")
 def health() -> JSONObject:
     """200 while the database answers and takes writes; 503."""
-    upstreams = gate.upstreams
     if gate.watcher.draining:
         raise APIError("draining")
     gate.database.write(COUNT_TRY, name_hash="health")  # no name's: FORGET_OLD_LOGINS deletes it
-    upstreams.models(may_wait=False)  # keeps the list fresh
-    up = sum(not server.why_down for server in upstreams)
-    return {"status": "ok", "upstreams": {"up": up, "of": len(upstreams)}}
+    up = sum(not server.why_down for server in gate.upstreams)
+    return {"status": "ok", "upstreams": {"up": up, "of": len(gate.upstreams)}}
 
 
 def printable(name: str) -> str:
@@ -2403,7 +2403,7 @@ def show_error(error: Exception) -> Response:
         shown = error
     elif isinstance(error, HTTPException):
         hint = "GET / says what there is"
-        if request.path[1:] in ("models", *PROTOCOLS):
+        if cast(Any, gate.create_url_adapter(request)).allowed_methods(f"/v1{request.path}"):
             hint = f"it is /v1{request.path}: a client's base URL ends in /v1"
         shown = APIError(CODES.get(error.code or 0, "bad_request"), hint=hint)
         shown.headers |= {name: value for name, value in error.get_headers() if name == "Allow"}
@@ -2430,7 +2430,7 @@ def load_secret(settings: Settings, database: Database) -> str:
     with database.begin() as execute:  # of several gates one makes it
         if not path.exists():
             if execute("SELECT id FROM users LIMIT 1"):
-                why = "bring it back, or let all users make new keys after: openssl rand -hex 32"
+                why = "bring it back, or (keys work, but are shown no more) openssl rand -hex 32"
                 raise SettingsError(f"{path} is missing, but there are users: {why} > {path}")
             unfinished = path.with_suffix(".unfinished")  # a crash leaves no half of a secret
             unfinished.write_text(secrets.token_hex(32))
@@ -2554,6 +2554,11 @@ class Channel(HTTPChannel):
 
     error_task_class = JSONErrorTask
 
+    def send_continue(self) -> None:
+        """Asks for the body, unless there is none or it is refused."""
+        if not self.request.completed:
+            super().send_continue()
+
 
 def bind(settings: Settings) -> socket.socket:
     """The listening socket; SettingsError."""
@@ -2561,9 +2566,10 @@ def bind(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listening = socket.create_server(address, family=family, backlog=1024)
-    except OSError as error:
+    except (OSError, TypeError) as error:  # TypeError: a name that is none
         hint = "; if vLLM has port 8000, start the gate with PORT=8002" * (settings.port == 8000)
-        raise SettingsError(f"HOST and PORT must be free: {error.strerror}{hint}") from None
+        why = f"an address of this machine, with a free PORT: {words_of(error)}{hint}"
+        raise SettingsError(f"HOST must be {why}") from None
     timeout_ms = settings.upstream_timeout * 1000  # gives up a caller who never reads
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     return listening

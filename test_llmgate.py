@@ -2494,7 +2494,8 @@ def test_first_server_in_the_list_gives_the_alias_its_model(
             wait_until(lambda: contexts() == {MAX_MODEL_LEN}, 5)
         with Upstream(first.server_address[1]) as other:
             other.serves = frozenset({"new/model"})
-            wait_until(lambda: chat(gate, user.key, asked_for).status_code == 200)
+            wait_until(lambda: len(other.exchanges) > 1)  # nobody asked the gate meanwhile
+            assert chat(gate, user.key, asked_for).status_code == 200
         for server in (first, second, again, other):
             upstream.exchanges += server.exchanges
     assert "new/model" in {row.model for row in gate.usage(user) if row.status == "ok"}
@@ -2517,6 +2518,8 @@ def test_request_is_made_for_the_server_that_gets_it(make_gate: MakeGate) -> Non
         gate.upstream, user = second, register(gate)
         assert chat(gate, user.key).status_code == 200
         first.__exit__()
+        counted = relay(gate, user.key, "messages/count_tokens", body_of("messages"))
+        assert counted.status_code == 200
         reply = chat(gate, user.key, max_tokens=None)
         assert (reply.status_code, gate.row(reply).total) == (200, 10 + 20)
         second.exchanges += first.exchanges
@@ -2602,13 +2605,15 @@ def test_field_that_harms_others_or_has_a_wrong_type_is_refused(gate: Gate, user
 
 def test_models_are_listed_with_aliases_and_without_paths(make_gate: MakeGate) -> None:
     """Less vLLM's `root`, a path on its disk; an alias without a model means vLLM's first."""
-    gate = make_gate(MODEL_ALIASES="llm-user-managed=,tiny=org/tiny")
+    aliases = {"llm-user-managed": "", "tiny": "org/tiny", "of-tiny": "tiny"}
+    aliases["of-first"] = "llm-user-managed"
+    gate = make_gate(MODEL_ALIASES=",".join(map("=".join, aliases.items())))
     user = register(gate)
     listed = call(gate, "GET", "/v1/models", user.key)
     assert listed.status_code == 200
     assert "/models/" not in listed.text
     models = {model["id"]: model for model in listed.json()["data"]}
-    assert set(models) == {*BEHAVIOURS, "llm-user-managed", "tiny"}
+    assert set(models) == {*BEHAVIOURS, *aliases}
     assert listed.json()["object"] == "list"
     for model in models.values():
         assert set(model) == {"id", "object", "created", "owned_by", "max_model_len"}
@@ -2622,7 +2627,8 @@ def test_models_are_listed_with_aliases_and_without_paths(make_gate: MakeGate) -
         answer = relay(gate, user.key, endpoint, body_of(endpoint, "gpt-4"))
         assert "gpt-4" in refused(endpoint, answer, 404, "model_not_found")
     assert gate.upstream.asked() == []  # which would say what models it has
-    for alias, name in (("llm-user-managed", "ok"), ("tiny", "org/tiny")):
+    for alias in aliases:
+        name = "org/tiny" if "tiny" in alias else "ok"
         answer = chat(gate, user.key, alias)
         assert answer.status_code == 200, answer.text
         assert gate.upstream.asked()[-1].json()["model"] == gate.row(answer).model == name
@@ -2676,6 +2682,10 @@ def test_any_http_client_is_served(gate: Gate, user: User) -> None:
     for target in (b"http://localhost", b"?x"):  # without a path
         reply = send_raw(gate, b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % target)
         assert (reply.status_code, reply.headers["Content-Type"][:10]) == (200, "text/plain")
+    expects = {"Authorization": f"Bearer {user.key}", "Expect": "100-continue"}
+    assert send_raw(gate, raw_request("GET", "/v1/models", expects)).status_code == 200
+    declared = expects | {"Content-Length": str(2 * 10**9)}  # refused before it is sent
+    assert send_raw(gate, raw_request("POST", "/v1/chat/completions", declared)).status_code == 413
 
 
 TEXT = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]}\n\n'
@@ -2792,7 +2802,10 @@ def test_first_page_and_lost_callers_are_helped(gate: Gate, make_gate: MakeGate)
     assert "/auth/register" not in call(closed, "GET", "/").text
     assert_error(call(closed, "POST", "/auth/register", json=body), 403, "registration_closed")
     key = register(gate).key
-    for method, path in (("POST", "/chat/completions"), ("GET", "/models"), ("POST", "/messages")):
+    page = call(make_gate(OPENCODE_DISCOVERY="off"), "GET", "/").text
+    assert "opencode auth login" not in page and "/opencode.json" in page
+    gets, posts = ("/models", "/models/ok"), ("/chat/completions", "/messages/count_tokens")
+    for method, path in [("GET", path) for path in gets] + [("POST", path) for path in posts]:
         error = assert_error(call(gate, method, path, key, json={}), 404)
         assert f"/v1{path}" in error["message"]
     assert "/v1" not in assert_error(call(gate, "GET", "/no-such-page"), 404)["message"]
@@ -4601,7 +4614,8 @@ MAX_TOKEN_LIMIT=many,QUOTA_PERIOD=year,REGISTRATION=maybe,MODEL_ALIASES=no-equal
 MAX_REQUESTS_PER_USER=0,UPSTREAM_TIMEOUT=soon,MAX_BODY_MB=-1,OPENCODE_DISCOVERY=perhaps,
 VLLM_API_KEY=schlüssel,TRUSTED_PROXY=cafe,ALLOWED_HOSTS=bücher.example,PUBLIC_URL=http://[abc]/x,
 PUBLIC_URL=example.org/llm,
-VLLM_ENDPOINT=http://a..b:8001,DATABASE_URL=sqlite:////no/such/x.db,
+VLLM_ENDPOINT=http://a..b:8001,DATABASE_URL=sqlite:////no/such/x.db,DATABASE_URL=sqlite:////tmp,
+DATABASE_URL=sqlite:///x.db?mode=ro,
 DATABASE_URL=postgresql+psycopg://x@secret-marker:y/z"""
 
 
@@ -4915,15 +4929,18 @@ def test_local_port_8000_is_found_and_shared(make_gate: MakeGate, tmp_path: Path
         gate.settle()
 
 
-def test_wrong_key_for_vllm_is_called_so(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_key_for_vllm_is_called_so(
+    make_gate: MakeGate, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the first request on, and in the log; the right one works at once."""
+    monkeypatch.setattr(upstream, "key", "another")
+    gate = make_gate()
     gate.expected_5xx, user = {502}, register(gate)
-    monkeypatch.setattr(gate.upstream, "key", "another")
     answers = [chat(gate, user.key), call(gate, "GET", "/v1/models", user.key)]
     answers.append(relay(gate, user.key, "messages/count_tokens", body_of("messages")))
     for answer in answers:
         assert answer.status_code == 502 and "VLLM_API_KEY" in answer.text
-    assert "refuses the gate's own key" in gate.log.read_text()
+    assert "refuses the gate's key" in gate.log.read_text()
     monkeypatch.setattr(gate.upstream, "key", UPSTREAM_KEY)
     wait_until(lambda: chat(gate, user.key).status_code == 200)
 
