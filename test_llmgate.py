@@ -44,7 +44,6 @@ import sys
 import threading
 import time
 import tomllib
-import urllib.parse
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -52,8 +51,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from email.message import Message
-from email.utils import formatdate
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
@@ -83,7 +80,8 @@ JSONObject = dict[str, Any]
 T = TypeVar("T")
 
 HERE = Path(llmgate.__file__).resolve().parent
-SENTENCE = (
+PROGRAM = [sys.executable, str(HERE / "llmgate.py")]
+SENTENCE = (  # as README shows it
     "Hello! I am a stand-in for vLLM: I say the same few words to everyone, one token at a time."
 )
 WORDS = SENTENCE.split()
@@ -94,13 +92,8 @@ UPSTREAM_KEY = "upstream-key-marker-31f7"
 JWT_SECRET = "secret-marker-2b60" + "0" * 32
 FINGERPRINT = "vllm-0.32.0-b18e3f0e"
 MAX_MODEL_LEN = 8192
-CONTEXT_ERROR = (
-    "This model's maximum context length is 8192 tokens. However, your prompt contains at least "
-    "8193 input tokens, which exceeds this limit even without any output tokens. Please reduce "
-    "the length of the input prompt. (parameter=input_tokens, value=8193)"
-)
+CONTEXT_ERROR = "This model's maximum context length is 8192 tokens. Please reduce your prompt."
 DONE = b"data: [DONE]\n\n"
-ENGINE_ERROR = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 # ---------------------------------------------------------------------------------------------
 # The stand-in vLLM. Its bytes are those of vLLM 0.32 in three protocols; the model's name chooses
 # its behaviour. It stops at once when its client hangs up or aborts the request, and counts a
@@ -121,7 +114,6 @@ class Behaviour:
     usage: str = "true"  # or "none", or "bad"
     shape: str = ""  # what differs in the bytes
     fault: str = ""  # what happens after three tokens
-    refusal: tuple[Any, ...] = ()  # instead of an answer: status, message, type, param
     max_model_len: int = MAX_MODEL_LEN
 
 
@@ -135,7 +127,6 @@ BEHAVIOURS = {
     "long": Behaviour(most=50, pace_s=0.01, max_model_len=131072),
     "echo": Behaviour(most=1000),
     "lumpy": Behaviour(),
-    "apart": Behaviour(pace_s=0.01),
     "prefill": Behaviour(prefill_s=30),
     "thinking": Behaviour(most=60, pace_s=0.02, thinking=40),
     "hidden": Behaviour(most=200, pace_s=0.02, hidden=150),
@@ -150,26 +141,15 @@ BEHAVIOURS = {
     "die": Behaviour(fault="cut"),
     "dieclean": Behaviour(fault="clean end"),
     "midstream": Behaviour(fault="error event"),
-    "e400": Behaviour(refusal=(400, CONTEXT_ERROR, "BadRequestError", "input_tokens")),
-    "e500": Behaviour(refusal=(500, ENGINE_ERROR, "InternalServerError", None)),
 }
 ABORT_PATH = "/inference/v1/abort_requests"
 RENDER_PATH = "/v1/responses/render"
 COUNT_PATH = "/v1/messages/count_tokens"
-FREE_PATHS = ("/tokenize", ABORT_PATH, RENDER_PATH, COUNT_PATH)
-FOREIGN_FIELDS = {
-    "/v1/completions": ["messages", "input"],
-    "/v1/embeddings": ["prompt"],
-    "/v1/responses": ["messages", "prompt", "n", "stream_options"],
-    "/v1/messages": ["prompt", "input", "n", "stream_options"],
-}
+COUNTS = {"/tokenize": "count", COUNT_PATH: "input_tokens", RENDER_PATH: "token_ids"}
+FREE_PATHS = (ABORT_PATH, *COUNTS)
 TOOL_NAME = "get_weather"
 TOOL_ID = "chatcmpl-tool-84a3943ff78ff3b4"
 TOOL_ARGUMENTS = ["{", '"', "city", '":', ' "', "Rome", '"', "}"]  # a token in eight shows one
-SCALE_OUT_ERROR = (
-    "Scale-out endpoints are disabled. Restart with --enable-scale-out to enable them."
-)
-MISSING = "1 validation error:\n  {{'type': 'missing', 'loc': 'body.{}', 'msg': 'Field required'}}"
 
 
 @dataclass
@@ -196,7 +176,7 @@ class Exchange:
 
 
 class Refused(Exception):
-    """An error answer of vLLM: status, message, type, param."""
+    """An error answer of vLLM: status and message."""
 
 
 class Upstream(ThreadingHTTPServer):
@@ -206,70 +186,54 @@ class Upstream(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 1024
 
-    def __init__(self, port: int = 0, *, pace_s: float = 0.0, idle_s: float = 5.0) -> None:
-        """Bind to `port` (0: any); `pace_s` is for models without a pace of their own."""
+    def __init__(self, port: int = 0) -> None:
+        """Bind to `port` (0: any)."""
         super().__init__(("127.0.0.1", port), UpstreamHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.pace_s = pace_s
-        self.idle_s = idle_s
-        self.count_s = 0.0  # what /tokenize takes
-        self.scale_out: bool | None = False  # has abort_requests; None: never heard of it
-        self.key = ""  # --api-key
-        self.serves = frozenset(BEHAVIOURS)  # the models in its list, other names too
-        self.keeps_bytes = True  # of the answers, for tests that compare them
-        self.say: Say | None = None  # how a test answers each POST but /tokenize
-        self.listed: list[JSONObject] = []  # the models, where a test tells them
-        self.exchanges: list[Exchange] = []
         self.connections: set[socket.socket] = set()
         self.unfinished: set[Answer] = set()  # those that are being made
         self.lock = threading.Lock()  # nobody rings a bell that is gone
+        self.exchanges: list[Exchange] = []
+        self.listed: list[Any] = [listing(name) for name in BEHAVIOURS]  # what /v1/models shows
+        self.say: Say | None = None  # how a test answers each POST but /tokenize
+        self.pace_s = 0.0  # of models without a pace of their own
+        self.count_s = 0.0  # what /tokenize takes
+        self.scale_out: bool | None = False  # has abort_requests; None: never heard of it
+        self.key = ""  # --api-key
+        self.keeps_bytes = True  # of the answers, for tests that compare them
 
-    def __enter__(self) -> Self:
-        """Serve until the block ends."""
+    def start(self) -> Self:
+        """Serve; after a stop, on the same port."""
+        if self.socket.fileno() < 0:
+            self.socket = socket.socket()
+            self.server_bind()
+            self.server_activate()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Stop, and hang up on everyone."""
+    def stop(self, *_: object) -> None:
+        """End, and hang up on everyone."""
         self.shutdown()
         self.server_close()
+        self.hang_up()
+
+    __enter__, __exit__ = start, stop
+
+    def hang_up(self) -> None:
+        """Close every connection."""
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Remember the connection, so that `__exit__` can end it."""
-        self.connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Forget the connection."""
-        self.connections.discard(request)
-        super().shutdown_request(request)
-
     def handle_error(self, *_: object) -> None:
         """Keep quiet about clients that vanish; their exchange says so."""
 
-    @contextlib.contextmanager
-    def abortable(self, answer: Answer) -> Iterator[int]:
-        """Let abort_requests end `answer`; yield the descriptor that is readable then."""
-        answer.bell = os.eventfd(0)
-        with self.lock:
-            self.unfinished.add(answer)
-        try:
-            yield answer.bell
-        finally:
-            with self.lock:
-                self.unfinished.remove(answer)
-            os.close(answer.bell)
-
     def abort(self, request_ids: list[str]) -> None:
-        """End the answers all of whose ids were named; others are not told apart."""
+        """End the answers all of whose ids are named."""
         with self.lock:
             for answer in self.unfinished:
-                if answer.ids and not answer.ids.difference(request_ids):
+                if answer.ids.issubset(request_ids):
                     os.eventfd_write(answer.bell, 1)
-                answer.ids.difference_update(request_ids)
 
     def asked(self) -> list[Exchange]:
         """Return the requests that cost something: all but counts, aborts and looks."""
@@ -290,10 +254,18 @@ class Upstream(ThreadingHTTPServer):
 Say = Callable[["UpstreamHandler", JSONObject], None]
 
 
+def listing(name: str) -> JSONObject:
+    """Return a model's entry in vLLM's list; `root` is a path on its disk."""
+    about = {"object": "model", "created": 1795332929, "owned_by": "vllm", "parent": None}
+    context = BEHAVIOURS.get(name, Behaviour()).max_model_len
+    return {"id": name, "root": f"/models/{name}", "max_model_len": context} | about
+
+
 class UpstreamHandler(BaseHTTPRequestHandler):
     """One connection to the stand-in."""
 
     protocol_version = "HTTP/1.1"
+    server_version, sys_version = "uvicorn", ""
     disable_nagle_algorithm = True
     server: Upstream
     exchange: Exchange
@@ -301,16 +273,20 @@ class UpstreamHandler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Watch the socket for a client that hangs up, even by half."""
         super().setup()
-        self.connection.settimeout(self.server.idle_s)
+        self.server.connections.add(self.connection)
         self.watched = select.poll()
         self.watched.register(self.connection, select.POLLRDHUP)
+
+    def finish(self) -> None:
+        """Forget the connection."""
+        self.server.connections.discard(self.connection)
+        super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Print nothing."""
 
     def do_GET(self) -> None:
         """Answer one request and note its end, whatever happened."""
-        self.connection.settimeout(None)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.path = self.path.partition("?")[0]
         self.exchange = Exchange(self.command, self.path, self.headers, body)
@@ -319,93 +295,68 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             self.route()
         except Refused as refused:
             self.refuse(*refused.args)
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-            self.refuse(400, "1 validation error: wrong type", "Bad Request", "body")
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            self.refuse(400, "1 validation error: missing or wrong")
         except OSError:
             self.exchange.left = True
             self.close_connection = True
         finally:
             self.exchange.closed_at = time.monotonic()
-            self.connection.settimeout(self.server.idle_s)
 
     do_POST = do_PUT = do_DELETE = do_HEAD = do_GET
 
     def route(self) -> None:
         """Choose the answer by method and path, as vLLM would."""
-        free = ("/tokenize", RENDER_PATH)
-        if self.server.say and self.command == "POST" and self.path not in free:
-            return self.server.say(self, self.exchange.json())
-        scale_out = self.server.scale_out
-        if self.headers.get("Authorization") != f"Bearer {self.server.key}" and self.server.key:
-            return self.reply_json(401, {"error": "Unauthorized"})
-        match (self.command, self.path):
-            case ("GET", "/v1/models"):
-                self.reply_json(200, {"object": "list", "data": self.models()})
-            case ("POST", path) if path in PROTOCOLS:
-                self.generate(self.parse())
-            case ("POST", "/v1/embeddings"):
-                self.embed(self.parse())
-            case ("POST", path) if path == COUNT_PATH:
-                count = sum(prompt_tokens(self.parse()))
-                about = {"context_management": {"original_input_tokens": count}}
-                self.reply_json(200, {"input_tokens": count} | about)
-            case ("POST", "/tokenize"):
-                self.wait(self.server.count_s)
-                count = sum(prompt_tokens(self.parse()))
-                answer = {"count": count, "max_model_len": MAX_MODEL_LEN, "token_strs": None}
-                ids = list(range(min(count, MAX_MODEL_LEN)))
-                self.reply_json(200, answer | {"tokens": ids})
-            case ("POST", path) if path in (ABORT_PATH, RENDER_PATH) and scale_out is False:
-                raise Refused(403, SCALE_OUT_ERROR, "PermissionDeniedError", None)
-            case ("POST", path) if path == RENDER_PATH and scale_out:
-                ids = list(range(sum(prompt_tokens(self.parse()))))
-                self.reply_json(200, {"request_id": "resp_0", "token_ids": ids})
-            case ("POST", path) if path == ABORT_PATH and scale_out:
-                self.server.abort(self.exchange.json()["request_ids"])
-                self.reply(200, b"", "")
-            case _:
-                self.reply_json(404, {"detail": "Not Found"})
-
-    def models(self) -> list[JSONObject]:
-        """Return vLLM's model list; `root` is a path on its disk."""
-        if self.server.listed:
-            return self.server.listed
-        serves = self.server.serves
-        names = [name for name in BEHAVIOURS if name in serves] + [*serves - BEHAVIOURS.keys()]
-        about = {"object": "model", "created": 1795332929, "owned_by": "vllm", "parent": None}
-        about["permission"] = [{"id": "modelperm-8d6a", "object": "model_permission"}]
-        contexts = {name: BEHAVIOURS.get(name, Behaviour()).max_model_len for name in names}
-        return [
-            {"id": name, "root": f"/models/{name}", "max_model_len": contexts[name]} | about
-            for name in names
-        ]
+        server, path = self.server, self.path
+        scale_out = server.scale_out if path in (ABORT_PATH, RENDER_PATH) else True
+        if server.say and self.command == "POST" and path not in ("/tokenize", RENDER_PATH):
+            server.say(self, self.exchange.json())
+        elif server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
+            self.reply_json(401, {"error": "Unauthorized"})
+        elif (self.command, path) == ("GET", "/v1/models"):
+            self.reply_json(200, {"object": "list", "data": server.listed})
+        elif self.command != "POST" or scale_out is None:
+            self.reply_json(404, {"detail": "Not Found"})
+        elif not scale_out:
+            raise Refused(403, "Scale-out endpoints are disabled.")
+        elif path == ABORT_PATH:
+            server.abort(self.exchange.json()["request_ids"])
+            self.reply(200, b"")
+        elif path in PROTOCOLS:
+            self.generate(self.parse())
+        elif path == "/v1/embeddings":
+            self.embed(self.parse())
+        elif path in COUNTS:
+            self.wait(server.count_s)
+            ids = list(range(sum(prompt_tokens(self.parse()))))
+            self.reply_json(200, {COUNTS[path]: ids if path == RENDER_PATH else len(ids)})
+        else:
+            self.reply_json(404, {"detail": "Not Found"})
 
     def parse(self) -> JSONObject:
         """Return the body, for a model that is served."""
         body = self.exchange.json()
-        for name in FOREIGN_FIELDS.get(self.path, []):  # vLLM reads an endpoint's own fields only
-            body.pop(name, None)
-        model = body["model"]
-        if model not in BEHAVIOURS and model not in self.server.serves:
-            words = f"The model `{model}` does not exist. Valid aliases: ok."
-            raise Refused(404, words, "NotFoundError", "model")
+        listed = [entry.get("id") for entry in self.server.listed if isinstance(entry, dict)]
+        if body["model"] not in listed:
+            raise Refused(404, f"The model `{body['model']}` does not exist.")
         return body
 
     def generate(self, body: JSONObject) -> None:
         """Answer a chat, a completion, a message or a response, plain or streamed."""
         behaviour = BEHAVIOURS.get(body["model"], Behaviour())
-        if behaviour.refusal:
-            raise Refused(*behaviour.refusal)
-        name = self.headers.get("X-Request-Id", "")
-        answer = PROTOCOLS[self.path](body, behaviour, name)
-        answer.pace_s = behaviour.pace_s or self.server.pace_s
-        with self.server.abortable(answer) as bell:
-            self.watched.register(bell, select.POLLIN)
-            try:
-                write = self.stream if body.get("stream") is True else self.plain
-                write(answer)
-            finally:
-                self.watched.unregister(bell)
+        answer = PROTOCOLS[self.path](body, behaviour, self.headers.get("X-Request-Id", ""))
+        answer.bell = os.eventfd(0)
+        self.watched.register(answer.bell, select.POLLIN)
+        with self.server.lock:
+            self.server.unfinished.add(answer)
+        try:
+            write = self.stream if body.get("stream") is True else self.plain
+            write(answer)
+        finally:
+            with self.server.lock:
+                self.server.unfinished.remove(answer)
+            self.watched.unregister(answer.bell)
+            os.close(answer.bell)
 
     def plain(self, answer: Answer) -> None:
         """Write one whole answer after the time its tokens take."""
@@ -413,22 +364,20 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         self.prefill(answer)
         if fault == "silence":
             answer.aborted = not self.wait(None)
+        self.exchange.tokens = answer.prompt
         while answer.made < answer.count * answer.choices and self.make_token(answer):
-            self.exchange.tokens = answer.prompt + answer.made
-        self.exchange.tokens = answer.prompt + answer.made
+            self.exchange.tokens += 1
         body = dump(answer.whole())
-        if fault in ("cut", "clean end"):
-            self.write_head(200, "application/json", f"content-length: {len(body)}\r\n")
-            self.wfile.write(body[: len(body) // 2])
-            self.close_connection = True
-            return
-        self.reply(200, body, "application/json")
+        self.close_connection = fault in ("cut", "clean end")
+        shown = body[: len(body) // 2] if self.close_connection else body
+        self.reply(200, shown, **{"content-length": str(len(body))})
 
     def stream(self, answer: Answer) -> None:
         """Write the events of each token, each as one chunk, at the model's pace."""
         self.start_stream()
         fault = answer.behaviour.fault
-        lumps = b": keep-alive\n\n" if answer.body["model"] == "lumpy" else b""
+        lumpy = answer.body["model"] == "lumpy"  # its chunks end anywhere
+        rest = b": keep-alive\n\n" if lumpy else b""
         for number, (token, events) in enumerate(answer.events()):
             if number == answer.greetings:
                 self.prefill(answer)
@@ -439,38 +388,31 @@ class UpstreamHandler(BaseHTTPRequestHandler):
                 answer.aborted = not self.wait(None)
             if token and not self.make_token(answer):
                 continue
-            if lumps:
-                lumps += events
-                for _ in range(len(lumps) // 700):
-                    self.chunk(lumps[:700])
-                    lumps = lumps[700:]
+            if lumpy:
+                rest += events
             else:
                 for event in events.split(b"\n\n")[:-1]:
                     self.chunk(event + b"\n\n")
             self.exchange.tokens = answer.prompt + answer.made
-        if lumps + answer.end:
-            self.chunk(lumps + answer.end)
+        rest += answer.end
+        for at in range(0, len(rest), 700):
+            self.chunk(rest[at : at + 700])
         self.wfile.write(b"0\r\n\r\n")
 
     def fail(self, answer: Answer, fault: str) -> None:
         """End a stream after three tokens in one of the ways that upstreams do."""
-        if fault == "cut":
-            self.wfile.write(b'ff\r\ndata: {"id":')
-        elif fault == "error event" and answer.failure:
+        if fault == "error event" and answer.failure:
             self.chunk(answer.failure)
-        if fault == "cut" or (fault == "error event" and not answer.failure):
-            self.close_connection = True
-        else:
-            self.wfile.write(b"0\r\n\r\n")
+            fault = "clean end"
+        self.close_connection = fault != "clean end"
+        self.wfile.write(b'ff\r\ndata: {"id":' if self.close_connection else b"0\r\n\r\n")
 
     def embed(self, body: JSONObject) -> None:
         """Answer with one short vector per input."""
         counts = prompt_tokens(body)
-        vector = {"object": "embedding", "embedding": [0.25, -0.5]}
-        vectors = [{"index": index} | vector for index in range(len(counts))]
-        answer = {"id": "embd-1", "object": "list", "created": 1795332949, "model": body["model"]}
+        vectors = [{"index": index, "embedding": [0.25, -0.5]} for index in range(len(counts))]
         usage = {"prompt_tokens": sum(counts), "total_tokens": sum(counts), "completion_tokens": 0}
-        self.reply_json(200, answer | {"data": vectors, "usage": usage})
+        self.reply_json(200, {"object": "list", "data": vectors, "usage": usage})
         self.exchange.tokens = sum(counts)
 
     def prefill(self, answer: Answer) -> None:
@@ -480,9 +422,8 @@ class UpstreamHandler(BaseHTTPRequestHandler):
 
     def make_token(self, answer: Answer) -> bool:
         """Let the time pass that a token takes; return False when the answer was aborted."""
-        answer.due += answer.pace_s / answer.choices
-        if not answer.aborted:
-            answer.aborted = not self.wait(max(0.0, answer.due - time.monotonic()))
+        answer.due += (answer.behaviour.pace_s or self.server.pace_s) / answer.choices
+        answer.aborted |= not self.wait(max(0.0, answer.due - time.monotonic()))
         answer.made += not answer.aborted
         return not answer.aborted
 
@@ -493,44 +434,46 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError
         return not happened
 
-    def refuse(self, status: int, message: str, type: str, param: str | None) -> None:
-        """Write vLLM's error object; on /v1/messages it is Anthropic's, but not of a wrong type."""
-        error: JSONObject = {"message": message, "type": type, "param": param, "code": status}
+    def refuse(self, status: int, message: str) -> None:
+        """Write vLLM's error object; on /v1/messages it is Anthropic's."""
+        error = {"message": message, "type": "Error", "param": None, "code": status}
         body: JSONObject = {"error": error}
-        if self.path.startswith("/v1/messages") and type != "Bad Request":
-            body = {"type": "error", "error": {"type": type, "message": message}}
+        if self.path.startswith("/v1/messages"):
+            body = {"type": "error", "error": {"type": "Error", "message": message}}
         self.reply_json(status, body)
 
     def reply_json(self, status: int, body: JSONObject) -> None:
         """Write `body` as vLLM writes JSON."""
-        self.reply(status, dump(body), "application/json")
+        self.reply(status, dump(body))
 
-    def say_whole(self, prompt: int = 10, completion: int = 1, **fields: object) -> None:
+    def say_whole(self, prompt: int = 10, completion: int = 1) -> None:
         """Answer a plain request, with these counts."""
         counts = {"prompt_tokens": prompt, "completion_tokens": completion}
         usage = counts | {"total_tokens": prompt + completion}
         choice = {"index": 0, "message": {"content": ANSWER}, "finish_reason": "stop"}
         self.exchange.tokens = prompt + completion
-        self.reply_json(200, {"id": "c1", "choices": [choice], "usage": usage} | fields)
+        self.reply_json(200, {"id": "c1", "choices": [choice], "usage": usage})
 
-    def say_events(self, *events: bytes, tokens: int = 13) -> None:
-        """Stream these events, and no [DONE] unless it is one of them."""
+    def say_events(self, *events: bytes, wait_s: float = 0.0, tokens: int = 13) -> None:
+        """Stream these events, each after a while, and no [DONE] unless it is one of them."""
         self.start_stream()
         self.exchange.tokens = tokens
         for event in events:
+            self.wait(wait_s)
             self.chunk(event)
         self.wfile.write(b"0\r\n\r\n")
 
-    def reply(self, status: int, body: bytes, content_type: str, headers: str = "") -> None:
+    def reply(self, status: int, body: bytes, **headers: str) -> None:
         """Write one whole answer."""
-        self.write_head(status, content_type, f"content-length: {len(body)}\r\n{headers}")
+        about = {"content-type": "application/json", "content-length": str(len(body))}
+        self.write_head(status, about | headers)
         self.exchange.sent.append((time.monotonic(), body))
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def start_stream(self) -> None:
         """Write the head of an event stream."""
-        self.write_head(200, "text/event-stream; charset=utf-8", "transfer-encoding: chunked\r\n")
+        content_type = "text/event-stream; charset=utf-8"
+        self.write_head(200, {"content-type": content_type, "transfer-encoding": "chunked"})
 
     def chunk(self, event: bytes) -> None:
         """Write `event` as one HTTP chunk and note when."""
@@ -538,103 +481,87 @@ class UpstreamHandler(BaseHTTPRequestHandler):
             self.exchange.sent.append((time.monotonic(), event))
         self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
 
-    def write_head(self, status: int, content_type: str, headers: str) -> None:
-        """Write the status line and the headers that uvicorn writes."""
-        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-        head += f"date: {formatdate(usegmt=True)}\r\nserver: uvicorn\r\n"
-        head += f"content-type: {content_type}\r\n" if content_type else ""
-        head += "connection: close\r\n" if self.close_connection else ""
-        self.wfile.write((head + headers + "\r\n").encode())
+    def write_head(self, status: int, headers: Mapping[str, str]) -> None:
+        """Write the status line and the headers."""
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
 
 
 class Answer:
     """What the stand-in says to a chat or a completion; refuses what vLLM refuses."""
 
+    bounds: tuple[str, ...] = ("max_completion_tokens", "max_tokens")  # in this order
     greetings = 0  # events before the prefill
     end = DONE
     bell = -1  # rings when the answer is aborted
-    pace_s = 0.0
     due = 0.0  # when the last token was made
     made = 0  # tokens, of all choices
     aborted = False
 
-    def __init__(
-        self, body: JSONObject, behaviour: Behaviour, name: str = "", *, chat: bool
-    ) -> None:
-        """Read the fields that matter; `name` is the X-Request-Id, `chat` tells the endpoint."""
-        self.chat = chat
-        id = f"{'chatcmpl' if chat else 'cmpl'}-{name or random.getrandbits(64)}"
-        object = "chat.completion" if chat else "text_completion"
-        self.head: JSONObject = {"id": id, "object": object, "created": int(time.time())}
-        self.head["model"] = body["model"]
-        asked = body.get("max_completion_tokens")
-        bound = "max_tokens" if asked is None else "max_completion_tokens"
-        self.read(body, behaviour, "messages" if chat else "prompt", bound)
-        self.ids = {id} if chat else {f"{id}-{part}" for part in range(len(self.prompts))}
-        error = {"message": ENGINE_ERROR, "type": "InternalServerError", "param": None}
-        self.failure = event_of({"error": error | {"code": 500}}) + self.end
-
-    def read(self, body: JSONObject, behaviour: Behaviour, prompt: str, bound: str) -> None:
-        """Read what all protocols have; `prompt` and `bound` are the names of their fields."""
-        if not body.get(prompt):
-            raise Refused(400, MISSING.format(prompt), "Bad Request", f"body.{prompt}")
-        self.body, self.behaviour = body, behaviour
-        self.options = body.get("stream_options") or {}
+    def __init__(self, body: JSONObject, behaviour: Behaviour, name: str = "") -> None:
+        """Read what all protocols have; `name` is the X-Request-Id."""
+        self.body, self.behaviour, most = body, behaviour, behaviour.max_model_len
         self.prompts = prompt_tokens(body)
         self.prompt = sum(self.prompts)
-        self.choices = whole_number(body, "n", 1) * len(self.prompts)
+        self.choices = (body.get("n") or 1) * len(self.prompts)
         self.cached = min(behaviour.cached, self.prompt - 1)
-        self.pieces = self.text()
-        self.asked = whole_number(body, bound, behaviour.max_model_len)
-        self.count = min(self.asked, len(self.pieces))
-        most = behaviour.max_model_len
-        if self.asked > most:
-            words = (
-                f"{bound}={self.asked} cannot be greater than max_model_len={most}. "
-                f"Please request fewer output tokens. (parameter={bound}, value={self.asked})"
-            )
-            raise Refused(400, words, "BadRequestError", bound)
+        self.script = self.tokens()
+        bounds = [body[bound] for bound in self.bounds if body.get(bound) is not None]
+        self.asked = int([*bounds, most][0])
+        self.count = min(self.asked, len(self.script))
         if self.prompt >= most:
-            raise Refused(400, CONTEXT_ERROR, "BadRequestError", "input_tokens")
-        if self.behaviour.shape == "nostreamopts" and "continuous_usage_stats" in self.options:
-            words = "1 validation error: continuous_usage_stats: Extra inputs are not permitted"
-            raise Refused(400, words, "Bad Request", "body.stream_options")
+            raise Refused(400, CONTEXT_ERROR)
+        if not 0 < self.asked <= most:
+            raise Refused(400, f"max_tokens={self.asked} must be in 1 ... max_model_len={most}.")
+        self.options = body.get("stream_options") or {}
+        if behaviour.shape == "nostreamopts" and "continuous_usage_stats" in self.options:
+            raise Refused(400, "continuous_usage_stats: Extra inputs are not permitted")
+        self.identify(name)
 
-    def text(self) -> list[str]:
-        """Return the tokens of one choice; an empty one shows nothing."""
-        most, hidden = self.behaviour.most, self.behaviour.hidden
+    def identify(self, name: str) -> None:
+        """Choose the ids, also those by which it can be aborted, and the event of a fault."""
+        self.chat = "messages" in self.body
+        id = f"{'chatcmpl' if self.chat else 'cmpl'}-{name}"
+        parts = range(len(self.prompts))
+        self.ids = {id} if self.chat else {f"{id}-{part}" for part in parts}
+        object = "chat.completion" if self.chat else "text_completion"
+        self.head: JSONObject = {"id": id, "object": object, "created": int(time.time())}
+        self.head["model"] = self.body["model"]
+        error = {"message": "EngineCore encountered an issue.", "type": "Error", "code": 500}
+        self.failure = event_of({"error": error}) + self.end
+
+    def tokens(self) -> list[tuple[str, str]]:
+        """Return kind and text of each token of one choice; an empty one shows nothing."""
+        how, made = self.behaviour, range(self.behaviour.most)
         if self.body["model"] == "echo":
             said = "".join(prompt_texts(self.body))
-            return [said[at : at + 8] for at in range(0, len(said), 8)]
-        if self.behaviour.tool:
-            shown = iter(TOOL_ARGUMENTS)
-            return [next(shown, "") if at % 8 == 7 else "" for at in range(most)]
-        words = itertools.cycle(WORDS)
-        return [""] * hidden + [next(words) + " " for _ in range(most - hidden)]
+            return [("text", said[at : at + 8]) for at in range(0, len(said), 8)]
+        if how.tool:
+            return [("tool", TOOL_ARGUMENTS[at // 8] if at % 8 == 7 else "") for at in made]
+        kinds = ["thinking" if at < how.thinking else "text" for at in made]
+        words = ["" if at < how.hidden else WORDS[at % len(WORDS)] + " " for at in made]
+        return [*zip(kinds, words, strict=True)]
 
-    def piece(self, position: int) -> str:
+    def token(self, position: int) -> tuple[str, str]:
         """Return one token; of `paced` with the prompt's last word and the time."""
         if self.body["model"] == "paced":
-            return f"{prompt_texts(self.body)[-1].split()[-1]} {time.monotonic():.6f} "
-        return self.pieces[position]
-
-    def kind(self, position: int) -> str:
-        """Return what the token is part of."""
-        if self.behaviour.tool:
-            return "tool"
-        return "thinking" if position < self.behaviour.thinking else "text"
+            marker = prompt_texts(self.body)[-1].split()[-1]
+            return "text", f"{marker} {time.monotonic():.6f} "
+        return self.script[position]
 
     def parts(self) -> dict[str, str]:
         """Return what one choice has said so far, by kind."""
-        made = itertools.groupby(range(self.made // self.choices), self.kind)
-        return {kind: "".join(map(self.piece, positions)) for kind, positions in made}
+        said: dict[str, str] = {}
+        for kind, text in map(self.token, range(self.made // self.choices)):
+            said[kind] = said.get(kind, "") + text
+        return said
 
     def steps(self) -> Iterator[tuple[int, int]]:
         """Yield position and choice of each token in turn, until the end or an abort."""
-        for step in itertools.product(range(self.count), range(self.choices)):
-            if self.aborted:
-                return
-            yield step
+        every = itertools.product(range(self.count), range(self.choices))
+        return itertools.takewhile(lambda _: not self.aborted, every)
 
     def finish_reason(self) -> str:
         """Return why the answer ends, in the words of chat."""
@@ -644,11 +571,10 @@ class Answer:
             return "length"
         return "tool_calls" if self.behaviour.tool else "stop"
 
-    def usage(self, completion: int) -> JSONObject:
+    def usage(self, prompt: int, completion: int) -> JSONObject:
         """Return the usage block of chat and completions."""
-        usage: JSONObject = {"prompt_tokens": self.prompt, "total_tokens": self.prompt + completion}
-        usage["completion_tokens"] = completion
-        return self.told(usage)
+        usage: JSONObject = {"prompt_tokens": prompt, "total_tokens": prompt + completion}
+        return self.told(usage | {"completion_tokens": completion})
 
     def told(self, usage: JSONObject) -> JSONObject:
         """Return what the model tells of the usage: all, nothing, or nonsense."""
@@ -657,92 +583,70 @@ class Answer:
 
     def whole(self) -> JSONObject:
         """Return the plain answer, its keys in vLLM's order."""
-        said = self.parts()
-        message: JSONObject = {"role": "assistant", "content": said.get("text", "")}
-        message |= {"refusal": None, "annotations": None, "audio": None, "function_call": None}
-        if "tool" in said:
-            function = {"name": TOOL_NAME, "arguments": said["tool"]}
-            message["tool_calls"] = [{"id": TOOL_ID, "type": "function", "function": function}]
-        message["reasoning"] = said.get("thinking")
-        content = {"message": message} if self.chat else {"text": said.get("text", "")}
+        said = "".join(self.parts().values())
+        message = {"role": "assistant", "content": said}
+        content: JSONObject = {"message": message} if self.chat else {"text": said}
         end = {"logprobs": None, "finish_reason": self.finish_reason(), "stop_reason": None}
         choices = [{"index": index} | content | end for index in range(self.choices)]
-        answer = self.head | {"choices": choices, "service_tier": None}
-        answer["system_fingerprint"] = FINGERPRINT
+        answer = self.head | {"choices": choices, "system_fingerprint": FINGERPRINT}
         if self.behaviour.usage != "none":
-            answer["usage"] = self.usage(self.made) | {"completion_tokens_details": None}
-        return answer | {"kv_transfer_params": None, "metrics": None}
+            answer["usage"] = self.usage(self.prompt, self.made)
+        return answer | {"kv_transfer_params": None}
 
     def events(self) -> Iterator[tuple[int, bytes]]:
         """Yield what is to be written, with 1 if it brings a token; a hidden token is b""."""
         include = self.options.get("include_usage") is True and self.behaviour.usage != "none"
-        continuous = include and self.options.get("continuous_usage_stats") is True
         if self.chat:
             self.head["object"] = "chat.completion.chunk"
-            count = 0 if continuous else None
-            delta = {"role": "assistant", "content": ""}
             for index in range(self.choices):
-                choice = self.choice(index, delta)
-                yield 0, self.event(choice, count, prompt_token_ids=None, prompt_text=None)
+                choice = self.choice(index, {"role": "assistant", "content": ""})
+                yield 0, self.event(choice, 0, prompt_token_ids=None, prompt_text=None)
         for position, index in self.steps():
-            last = position == self.count - 1
+            (kind, said), last = self.token(position), position == self.count - 1
+            thinks = kind == "thinking" and self.chat
+            delta: JSONObject = {"reasoning" if thinks else "content": said}
+            if kind == "tool" and self.chat:
+                function = {"name": TOOL_NAME} if said == TOOL_ARGUMENTS[0] else {}
+                delta = {"tool_calls": [{"index": 0, "function": function | {"arguments": said}}]}
+            choice = self.choice(index, delta, self.finish_reason() if last else None)
             end = {"system_fingerprint": FINGERPRINT} if last and not include else {}
-            count = position + 1 if continuous else None
-            shown = last or self.pieces[position]
-            yield 1, self.event(self.token(index, position), count, **end) if shown else b""
+            yield 1, self.event(choice, position + 1, **end) if said or last else b""
         if self.aborted and self.made:
-            count = self.made // self.choices if continuous else None
             for index in range(self.choices):
-                choice = self.choice(index, {}) | {"finish_reason": "abort", "stop_reason": None}
-                yield 0, self.event(choice, count)
+                choice = self.choice(index, {}, "abort")
+                yield 0, self.event(choice, self.made // self.choices)
         if include:
-            body = self.head | {"choices": [], "usage": self.usage(self.made)}
+            body = self.head | {"choices": [], "usage": self.usage(self.prompt, self.made)}
             yield 0, event_of(body | {"system_fingerprint": FINGERPRINT})
 
-    def choice(self, index: int, delta: JSONObject, text: str = "") -> JSONObject:
+    def choice(self, index: int, delta: JSONObject, end: str | None = None) -> JSONObject:
         """Return the choice of an event: a chat's delta, or a completion's text."""
-        said: JSONObject = {"delta": delta} if self.chat else {"text": text}
-        return {"index": index} | said | {"logprobs": None, "finish_reason": None}
+        said: JSONObject = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        return {"index": index} | said | {"logprobs": None, "finish_reason": end}
 
-    def event(self, choice: JSONObject, count: int | None, **end: object) -> bytes:
+    def event(self, choice: JSONObject, count: int, **end: object) -> bytes:
         """Return one event; its usage counts the tokens of this choice only, as vLLM's."""
         body = self.head | {"choices": [choice]}
-        if count is not None:
+        asked = self.options.get("include_usage") and self.options.get("continuous_usage_stats")
+        if asked and self.behaviour.usage != "none":
             prompt = self.prompts[choice["index"] * len(self.prompts) // self.choices]
-            usage = {"prompt_tokens": prompt, "total_tokens": prompt + count}
-            usage = self.told(usage | {"completion_tokens": count})
-            body["usage"] = usage | {"completion_tokens_details": None}
+            body["usage"] = self.usage(prompt, count)
         return event_of(body | end)
 
     def typed(self, type: str, **fields: object) -> bytes:
         """Return an event of the other protocols."""
         return f"event: {type}\n".encode() + event_of({"type": type} | fields)
 
-    def token(self, index: int, position: int) -> JSONObject:
-        """Return the choice with one token; the last one says why it ended."""
-        said = self.piece(position)
-        delta: JSONObject = {"reasoning" if self.kind(position) == "thinking" else "content": said}
-        if self.behaviour.tool:
-            function = {"name": TOOL_NAME} if said == TOOL_ARGUMENTS[0] else {}
-            delta = {"tool_calls": [{"index": 0, "function": function | {"arguments": said}}]}
-        choice = self.choice(index, delta, said)
-        if position == self.count - 1:
-            choice |= {"finish_reason": self.finish_reason(), "stop_reason": None}
-        return choice | {"token_ids": None}
-
 
 class MessageAnswer(Answer):
     """What the stand-in says at /v1/messages."""
 
+    bounds = ("max_tokens",)
     end = b""
 
-    def __init__(self, body: JSONObject, behaviour: Behaviour, name: str = "") -> None:
-        """Read the fields that matter."""
-        self.id = f"chatcmpl-{name or random.getrandbits(64)}"
+    def identify(self, name: str) -> None:
+        self.id = f"chatcmpl-{name}"
         self.ids = {self.id}
-        if "max_tokens" not in body:
-            raise Refused(400, MISSING.format("max_tokens"), "Bad Request", "body.max_tokens")
-        self.read(body, behaviour, "messages", "max_tokens")
         self.failure = self.typed("error", error={"type": "internal_error", "message": "model"})
 
     def counts(self, output: int, *, start: bool = False) -> JSONObject:
@@ -758,39 +662,31 @@ class MessageAnswer(Answer):
 
     def stop_reason(self) -> str | None:
         """Return why the answer ends, in Anthropic's words."""
-        if self.aborted:
-            return None if self.made else "end_turn"
         reasons = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"}
-        return reasons[self.finish_reason()]
+        return reasons.get(self.finish_reason())
 
     def block(self, kind: str, said: str) -> JSONObject:
         """Return a content block."""
         if kind == "tool":
             tool = {"type": "tool_use", "id": TOOL_ID, "name": TOOL_NAME}
-            return tool | {"input": json.loads(said or "{}")}
+            return tool | {"input": {"said": said}}
         return {"type": kind, kind: said}
 
     def whole(self) -> JSONObject:
-        """Return the plain answer."""
-        said = self.parts()
-        if self.made < self.behaviour.most:
-            said.pop("tool", None)  # half a call is none
-        blocks = [self.block(kind, text) for kind, text in said.items()]
-        answer: JSONObject = {
-            "id": self.id,
-            "type": "message",
-            "role": "assistant",
-            "content": blocks,
-        }
-        answer |= {"model": self.body["model"], "stop_reason": self.stop_reason()}
+        blocks = [self.block(kind, text) for kind, text in self.parts().items()]
         usage = self.counts(0, start=True) | self.counts(self.made)
+        answer = self.message(blocks, self.stop_reason())
         return answer | ({"usage": usage} if usage else {})
 
+    def message(self, content: list[JSONObject], stop_reason: str | None) -> JSONObject:
+        """Return the object that the plain answer and the first event have."""
+        message: JSONObject = {"id": self.id, "type": "message", "role": "assistant"}
+        message |= {"content": content, "model": self.body["model"], "stop_reason": stop_reason}
+        return message | {"stop_sequence": None}
+
     def events(self) -> Iterator[tuple[int, bytes]]:
-        """Yield what is to be written, with 1 if it brings a token; a hidden token is b""."""
-        start: JSONObject = {"id": self.id, "type": "message", "role": "assistant", "content": []}
-        start |= {"model": self.body["model"], "stop_reason": None, "stop_sequence": None}
-        yield 0, self.typed("message_start", message=start | {"usage": self.counts(0, start=True)})
+        start = self.message([], None) | {"usage": self.counts(0, start=True)}
+        yield 0, self.typed("message_start", message=start)
         yield from part_events(self)
         stop = {"stop_reason": self.stop_reason(), "stop_sequence": None}
         yield 0, self.typed("message_delta", delta=stop, usage=self.counts(self.made))
@@ -818,16 +714,15 @@ class MessageAnswer(Answer):
 class ResponseAnswer(Answer):
     """What the stand-in says at /v1/responses."""
 
+    bounds = ("max_output_tokens",)
     greetings = 1
     end = failure = b""  # when the engine dies the bytes just stop
 
-    def __init__(self, body: JSONObject, behaviour: Behaviour, name: str = "") -> None:
-        """Read the fields that matter; `name` is ignored as by vLLM, the body has the id."""
-        self.id = body.get("request_id") or f"resp_{name or random.getrandbits(64)}"
+    def identify(self, name: str) -> None:
+        """Choose the ids; `name` is ignored as by vLLM, the body has the id."""
+        self.id = self.body.get("request_id") or f"resp_{name}"
         self.ids = {f"{self.id}_0"}
-        self.created = int(time.time())
         self.sequence = itertools.count()
-        self.read(body, behaviour, "input", "max_output_tokens")
 
     def typed(self, type: str, **fields: object) -> bytes:
         """Return one event, its type last; llama-server says it first and does not count."""
@@ -839,28 +734,23 @@ class ResponseAnswer(Answer):
     def response(self, status: str, output: list[JSONObject], usage: object) -> JSONObject:
         """Return the object that every answer and three events have."""
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        body = {"id": self.id, "created_at": self.created, "incomplete_details": reason}
-        body |= {"instructions": self.body.get("instructions"), "metadata": None}
-        body |= {"model": self.body["model"], "object": "response", "output": output}
-        body |= {"tool_choice": "auto", "tools": self.body.get("tools", [])}
-        body |= {"background": False, "max_output_tokens": self.asked}
-        body |= {"previous_response_id": None, "status": status, "truncation": "disabled"}
+        body = {"id": self.id, "created_at": int(time.time()), "incomplete_details": reason}
+        body |= {"instructions": self.body.get("instructions"), "model": self.body["model"]}
+        body |= {"object": "response", "output": output, "tools": self.body.get("tools", [])}
+        body |= {"max_output_tokens": self.asked, "status": status}
         return body | {"usage": usage, "user": None}
 
     def whole(self) -> JSONObject:
-        """Return the plain answer."""
         status = "incomplete" if self.finish_reason() == "length" else "completed"
         said = enumerate(self.parts().items())
         output = [self.item(kind, number, text) for number, (kind, text) in said]
-        cached = {"cached_tokens": self.cached, "cached_tokens_per_turn": []}
-        usage = {"input_tokens": self.prompt, "input_tokens_details": cached}
-        turns = {"reasoning_tokens": 0, "output_tokens_per_turn": []}
-        usage |= {"output_tokens": self.made, "output_tokens_details": turns}
+        details = {"cached_tokens": self.cached}
+        usage = {"input_tokens": self.prompt, "input_tokens_details": details}
+        usage |= {"output_tokens": self.made, "output_tokens_details": {"reasoning_tokens": 0}}
         usage |= {"total_tokens": self.prompt + self.made}
         return self.response(status, output, self.told(usage) or None)
 
     def events(self) -> Iterator[tuple[int, bytes]]:
-        """Yield what is to be written, with 1 if it brings a token; a hidden token is b""."""
         started = self.response("in_progress", [], None)
         types = ("response.created", "response.in_progress")
         yield 0, b"".join(self.typed(type, response=started) for type in types)
@@ -885,35 +775,27 @@ class ResponseAnswer(Answer):
         """Return the content of an item."""
         return {"annotations": [], "text": said, "type": DELTAS[kind], "logprobs": None}
 
-    def placed(self, type: str, kind: str, number: int, **fields: object) -> bytes:
-        """Return an event about an item; that of a call has no content to count."""
-        if kind != "tool":
-            fields = {"content_index": 0} | fields
-        fields |= {"item_id": f"item_{number}", "output_index": number}
-        return self.typed(f"response.{type}", **fields)
+    def placed(self, type: str, number: int, **fields: object) -> bytes:
+        """Return an event about an item, or about its one part."""
+        place = {"item_id": f"item_{number}", "output_index": number, "content_index": 0}
+        return self.typed(f"response.{type}", **fields, **place)
 
     def begins(self, kind: str, number: int) -> bytes:
-        """Return the events before an item's first token."""
-        item = self.item(kind, number, None)
-        events = self.typed("response.output_item.added", item=item, output_index=number)
+        events = self.placed("output_item.added", number, item=self.item(kind, number, None))
         if kind != "tool":
-            part = self.part(kind, "")
-            events += self.placed("content_part.added", kind, number, part=part)
+            events += self.placed("content_part.added", number, part=self.part(kind, ""))
         return events
 
     def brings(self, kind: str, number: int, said: str) -> bytes:
-        """Return the event with a token."""
-        return self.placed(f"{DELTAS[kind]}.delta", kind, number, delta=said)
+        return self.placed(f"{DELTAS[kind]}.delta", number, delta=said)
 
     def ends(self, kind: str, number: int, text: str) -> bytes:
         """Return the events after an item's last token; each tells all of it once more."""
-        name = "arguments" if kind == "tool" else "text"
-        events = self.placed(f"{DELTAS[kind]}.done", kind, number, **{name: text})
+        told = {"arguments" if kind == "tool" else "text": text}
+        events = self.placed(f"{DELTAS[kind]}.done", number, **told)
         if kind != "tool":
-            part = self.part(kind, text)
-            events += self.placed("content_part.done", kind, number, part=part)
-        item = self.item(kind, number, text)
-        return events + self.typed("response.output_item.done", item=item, output_index=number)
+            events += self.placed("content_part.done", number, part=self.part(kind, text))
+        return events + self.placed("output_item.done", number, item=self.item(kind, number, text))
 
 
 DELTAS = {"thinking": "reasoning_text", "text": "output_text", "tool": "function_call_arguments"}
@@ -923,24 +805,24 @@ def part_events(answer: MessageAnswer | ResponseAnswer) -> Iterator[tuple[int, b
     """Yield, as `events` does, how each part begins, brings its tokens, and ends."""
     kind, number, text = "", -1, ""
     for position, _ in answer.steps():
-        said, now, events = answer.piece(position), answer.kind(position), b""
-        new = now != kind
-        if said and new and kind:
-            events += answer.ends(kind, number, text)
-        if said and new:
+        now, said = answer.token(position)
+        if not said:
+            yield 1, b""
+            continue
+        new, events = now != kind, b""
+        if new:
+            events = answer.ends(kind, number, text) if kind else b""
             events += answer.begins(now, number + 1)
-        if said:
-            events += answer.brings(now, number + new, said)
-        yield 1, events
-        if said and not answer.aborted:
+        yield 1, events + answer.brings(now, number + new, said)
+        if not answer.aborted:
             kind, number, text = now, number + new, said if new else text + said
     if kind:
         yield 0, answer.ends(kind, number, text)
 
 
 PROTOCOLS: dict[str, Callable[[JSONObject, Behaviour, str], Answer]] = {
-    "/v1/chat/completions": functools.partial(Answer, chat=True),
-    "/v1/completions": functools.partial(Answer, chat=False),
+    "/v1/chat/completions": Answer,
+    "/v1/completions": Answer,
     "/v1/messages": MessageAnswer,
     "/v1/responses": ResponseAnswer,
 }
@@ -961,55 +843,37 @@ TEXTS = ("content", "text", "thinking", "arguments", "output")  # the fields tha
 
 
 def text_of(part: Any) -> str:
-    """Return the words of a message, of a block or of a list; a picture is 256 tokens."""
+    """Return the words of a message, block or list; a picture is 256 tokens, an id is one."""
     if isinstance(part, list):
         return "".join(map(text_of, part))
     if isinstance(part, dict):
         picture = part.get("type") in PICTURES
         return "x" * 1024 if picture else "".join(text_of(part.get(name)) for name in TEXTS)
-    return part if isinstance(part, str) else ""
+    return "four" if isinstance(part, int) else part if isinstance(part, str) else ""
 
 
 def prompt_texts(body: JSONObject) -> list[str]:
-    """Return the texts of all messages, prompts or inputs; a list of ids is one, of that size."""
-    if "messages" in body:
-        if not all(isinstance(message, dict) for message in body["messages"]):
-            raise Refused(400, "1 validation error: dict_type", "Bad Request", "body.messages")
-        return [text_of(message) for message in body["messages"]]
-    prompt = body.get("prompt", body.get("input")) or ""
-    if not isinstance(prompt, list) or isinstance(prompt[0], int):
-        prompt = [prompt]
-    return ["four" * len(p) if isinstance(p, list) else text_of(p) for p in prompt]
+    """Return the text of each prompt or input; all messages are one."""
+    said = body.get("messages") or body.get("prompt") or body["input"]
+    if "messages" in body and not all(isinstance(message, dict) for message in said):
+        raise TypeError
+    several = isinstance(said, list) and not isinstance(said[0], int | dict)
+    return [text_of(prompt) for prompt in (said if several else [said])]
 
 
 def prompt_tokens(body: JSONObject) -> list[int]:
-    """Count the prompts' tokens: a quarter of the bytes, never less than ten; messages are one."""
-    texts = prompt_texts(body)
-    prompt = body.get("prompt", body.get("input"))
-    if "messages" in body or (isinstance(prompt, list) and isinstance(prompt[0], dict)):
-        texts = ["".join(texts)]
+    """Count the prompts' tokens: a quarter of the bytes, never less than ten."""
     around = text_of([body.get("system"), body.get("instructions")])
     around += json.dumps(body["tools"]) if body.get("tools") else ""
-    return [max(10, len((around + text).encode()) // 4) for text in texts]
-
-
-def whole_number(body: JSONObject, name: str, default: int) -> int:
-    """Return a field of at least 1, or refuse it with vLLM's words."""
-    value: int | None = body.get(name)
-    if value is None:
-        return default
-    if value < 1:
-        words = f"{name} must be at least 1, got {value}. (parameter={name}, value={value})"
-        raise Refused(400, words, "BadRequestError", name)
-    return value
+    return [max(10, len((around + text).encode()) // 4) for text in prompt_texts(body)]
 
 
 def serve_upstream(port: int) -> None:
     """Serve the stand-in in the foreground, at the pace of a person reading."""
     for model, behaviour in BEHAVIOURS.items():  # the context that a coding agent needs
         BEHAVIOURS[model] = replace(behaviour, max_model_len=131072)
-    server = Upstream(port, pace_s=0.08)
-    server.scale_out = True
+    server = Upstream(port)
+    server.pace_s, server.scale_out = 0.08, True
     print(f"A stand-in vLLM serves on {server.url}/v1; no model inside. Ctrl-C ends it.")
     sys.stdout.flush()
     with contextlib.suppress(KeyboardInterrupt):
@@ -1029,19 +893,16 @@ class Gate:
     ) -> None:
         """Keep where it listens, what it was told, where it writes, and what stands behind it."""
         self.url, self.env, self.directory, self.upstream = url, env, directory, upstream
+        host, _, port = url.partition("://")[2].rpartition(":")
+        self.address = (host.strip("[]"), int(port))
         self.database_url = env.get("DATABASE_URL", f"sqlite:///{directory / 'llmgate.db'}")
         self.log = directory / "server.log"
         self.secrets = {PASSWORD, PROMPT, ANSWER, UPSTREAM_KEY}
         self.expected_5xx: set[int] = set()
         self.seen: set[int] = set()  # statuses
+        self.stopped = False  # by the test itself
         self.may_log_traceback = False
         self.verify: bool | str = True  # or the certificate to trust
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Return host and port."""
-        parts = urllib.parse.urlsplit(self.url)
-        return str(parts.hostname), int(parts.port or 80)
 
     def rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         """Run one statement in the database itself, `?` marks a value; return its rows."""
@@ -1050,17 +911,14 @@ class Gate:
     def usage(self, user: User | None = None) -> list[UsageRow]:
         """Return the usage rows, of one user or of all, oldest first."""
         columns = ", ".join(item.name for item in fields(UsageRow))
-        rows = self.rows(f"SELECT {columns} FROM usage ORDER BY created_at, request_id")
-        return [
-            row for row in itertools.starmap(UsageRow, rows) if not user or row.user_id == user.id
-        ]
+        found = self.rows(f"SELECT {columns} FROM usage ORDER BY created_at, request_id")
+        rows = [UsageRow(*row) for row in found]
+        return [row for row in rows if not user or row.user_id == user.id]
 
     def row(self, reply: Reply) -> UsageRow:
         """Return the final row of an answer, waiting until it is booked."""
-        name = reply.headers["X-Request-Id"]
-        wait_until(
-            lambda: [r for r in self.usage() if r.request_id == name and r.status != "pending"]
-        )
+        name, ended = reply.headers["X-Request-Id"], "status != 'pending' AND request_id = ?"
+        wait_until(lambda: self.rows(f"SELECT 1 FROM usage WHERE {ended}", name))
         return next(row for row in self.usage() if row.request_id == name)
 
     def tokens_used(self, user: User) -> int:
@@ -1073,24 +931,21 @@ class Gate:
 
     def complaints(self) -> list[str]:
         """Say what is wrong with the books of a gate at rest; an empty list is a pass."""
-        found = [
-            f"{name}: tokens_used {used}, rows {total}, reserved {reserved}"
-            for name, used, reserved, total in self.rows(
-                "SELECT u.username, u.tokens_used, u.tokens_reserved,"
-                " coalesce(sum(r.prompt_tokens + r.completion_tokens), 0) FROM users u"
-                " LEFT JOIN usage r ON r.user_id = u.id"
-                " GROUP BY u.id, u.username, u.tokens_used, u.tokens_reserved"
-            )
-            if used != total or reserved
-        ]
-        counted, rows = self.upstream.tokens(), self.usage()
+        users = self.rows("SELECT id, tokens_used, tokens_reserved FROM users")
+        counted, rows, found = self.upstream.tokens(), self.usage(), list[str]()
+        for id, used, reserved in users:
+            total = sum(row.total for row in rows if row.user_id == id)
+            if used != total or reserved:
+                found.append(f"user {id}: {used} used, {total} in rows, {reserved} reserved")
         cost = {name for name, made in counted.items() if made}
         found += [f"no row: {name}" for name in cost - {row.request_id for row in rows}]
         for row in rows:
             if row.status == "pending" or row.reserved:
                 found.append(f"not closed: {row}")
-            elif not row.agrees_with(counted.get(row.request_id, 0)):
-                found.append(f"vLLM counted {counted.get(row.request_id)}: {row}")
+            elif not row.estimated and row.endpoint != "reset-usage":
+                made = counted.get(row.request_id, 0)  # of a lost row it is the last checkpoint
+                if row.total > made or (row.total < made and row.status != "lost"):
+                    found.append(f"vLLM counted {made}: {row}")
         if self.upstream.running():
             found.append(f"vLLM still answers {self.upstream.running()} requests")
         return found
@@ -1133,12 +988,6 @@ class UsageRow:
         """Return what was charged."""
         return self.prompt_tokens + self.completion_tokens
 
-    def agrees_with(self, counted: int) -> bool:
-        """Return whether the charge is vLLM's count; of a lost row it is the last checkpoint."""
-        if self.estimated or self.endpoint == "reset-usage":
-            return True
-        return self.total <= counted if self.status == "lost" else self.total == counted
-
 
 def query(database_url: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
     """Run one statement with `?` marks in SQLite or PostgreSQL; return its rows."""
@@ -1153,8 +1002,6 @@ def query(database_url: str, sql: str, *values: object) -> list[tuple[Any, ...]]
 
 class ThreadedGate(Gate):
     """A gate in a thread of this process."""
-
-    stopped = False  # by the test itself
 
     def __init__(self, env: Mapping[str, str], upstream: Upstream) -> None:
         """Start it; it serves when this returns."""
@@ -1189,20 +1036,13 @@ class ThreadedGate(Gate):
 class ProcessGate(Gate):
     """A gate as a user starts it: `python llmgate.py` in a directory."""
 
-    stopped = False  # by the test itself
-
-    def __init__(self, env: Mapping[str, str], directory: Path, upstream: Upstream) -> None:
+    def __init__(self, env: dict[str, str], directory: Path, upstream: Upstream) -> None:
         """Start it and wait for the line with its URL."""
         self.output = directory / "stdout"
         self.errors = directory / "stderr"
-        program = [sys.executable, str(HERE / "llmgate.py")]
-        options: Any = {
-            "cwd": directory,
-            "env": clean_env() | dict(env),
-            "stdin": subprocess.DEVNULL,
-        }
+        options: Any = {"cwd": directory, "env": clean_env() | env, "stdin": subprocess.DEVNULL}
         with self.output.open("wb") as output, self.errors.open("ab") as errors:
-            self.process = subprocess.Popen(program, stdout=output, stderr=errors, **options)
+            self.process = subprocess.Popen(PROGRAM, stdout=output, stderr=errors, **options)
         wait_until(lambda: "http://" in self.output.read_text() or self.ended(), 10)
         match = re.search(r"http://[\w.]+:\d+", self.output.read_text())
         assert match, self.errors.read_text()
@@ -1240,8 +1080,12 @@ class ProcessGate(Gate):
     def workers(self) -> set[int]:
         """Return its running children's process ids: with PROCESSES they do the work."""
         pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return {int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes()}
+        found = set()
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError):  # it was there a moment ago
+                if Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.add(int(child))
+        return found
 
 
 def clean_env() -> dict[str, str]:
@@ -1271,18 +1115,11 @@ MakeGate = Callable[..., ThreadedGate]  # with settings, NAME=value
 StartProcess = Callable[..., ProcessGate]  # likewise, after a directory
 
 
-@pytest.fixture(scope="session")
-def standing_upstream() -> Iterator[Upstream]:
-    """One stand-in for the whole run."""
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    """A stand-in with a clean slate."""
     with Upstream() as upstream:
         yield upstream
-
-
-@pytest.fixture
-def upstream(standing_upstream: Upstream) -> Upstream:
-    """The stand-in, with a clean slate."""
-    standing_upstream.exchanges = []
-    return standing_upstream
 
 
 @pytest.fixture
@@ -1292,10 +1129,8 @@ def make_gate(upstream: Upstream, tmp_path: Path) -> Iterator[MakeGate]:
     before = resources()
     env = {"PORT": "0", "JWT_SECRET_KEY": JWT_SECRET, "THREADS": "100"}
     env |= {"VLLM_ENDPOINT": upstream.url, "VLLM_API_KEY": UPSTREAM_KEY}
-    env |= {
-        "LOG_FILE": f"{tmp_path}/server.log",
-        "DATABASE_URL": f"sqlite:///{tmp_path}/llmgate.db",
-    }
+    env["LOG_FILE"] = f"{tmp_path}/server.log"
+    env["DATABASE_URL"] = f"sqlite:///{tmp_path}/llmgate.db"
 
     def make(**settings: str) -> ThreadedGate:
         gate = ThreadedGate(env | settings, upstream)
@@ -1386,23 +1221,6 @@ def start_two(
     return in_parallel(2, start)
 
 
-@contextlib.contextmanager
-def scripted_gate(
-    make_gate: MakeGate,
-    say: Say,
-    *listed: JSONObject,
-    **settings: str,
-) -> Iterator[ThreadedGate]:
-    """A gate before a stand-in that answers by `say`; the books are right at the end."""
-    with Upstream() as upstream:
-        upstream.say = say
-        upstream.listed = list(listed) or [{"id": "ok", "max_model_len": MAX_MODEL_LEN}]
-        gate = make_gate(VLLM_ENDPOINT=upstream.url, **settings)
-        gate.upstream = upstream
-        yield gate
-        gate.settle()
-
-
 # ---------------------------------------------------------------------------------------------
 # Verbs. A test says what it does in the words of the README.
 
@@ -1446,6 +1264,8 @@ def call(gate: Gate, method: str, path: str, bearer: str = "", **options: Any) -
         session.trust_env, session.verify = False, gate.verify
         answer = session.request(method, gate.url + path, headers=headers, **options)
     gate.seen.add(answer.status_code)
+    if path.startswith(("/auth/", "/users/")):
+        gate.secrets |= set(re.findall(r'"(sk-llmgate-[^"]+|eyJ[^"]+)"', answer.text))
     return answer
 
 
@@ -1459,10 +1279,9 @@ def command(
     directory: Path, env: Mapping[str, str], *arguments: str, stdin: str = "", status: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run `python llmgate.py ARGUMENTS` in a directory; fail unless it exits with `status`."""
-    program = [sys.executable, str(HERE / "llmgate.py"), *arguments]
     options: Any = {"capture_output": True, "text": True, "timeout": 20, "input": stdin}
-    env = clean_env() | dict(env)
-    ended = subprocess.run(program, cwd=directory, env=env, check=False, **options)
+    options |= {"cwd": directory, "env": clean_env() | dict(env)}
+    ended = subprocess.run([*PROGRAM, *arguments], check=False, **options)
     assert ended.returncode == status, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     assert PASSWORD not in ended.stdout + ended.stderr
@@ -1490,7 +1309,6 @@ def register(gate: Gate, name: str = "", password: str = PASSWORD, **fields: obj
     body = {"username": name, "password": password} | fields
     answer = call(gate, "POST", "/auth/register", json=body)
     assert answer.status_code == 201, answer.text
-    gate.secrets.add(answer.json()["api_key"])
     return User(answer.json()["id"], name, password, answer.json()["api_key"])
 
 
@@ -1504,9 +1322,7 @@ def login(gate: Gate, user: User) -> str:
     """Return a JWT of the user."""
     answer = try_login(gate, user.name, user.password)
     assert answer.status_code == 200, answer.text
-    token = str(answer.json()["access_token"])
-    gate.secrets.add(token)
-    return token
+    return str(answer.json()["access_token"])
 
 
 def me(gate: Gate, user: User) -> JSONObject:
@@ -1520,7 +1336,6 @@ def replace_key(gate: Gate, token: str) -> str:
     """Replace the user's key; return the new one."""
     answer = call(gate, "POST", "/users/me/api-key", token)
     assert answer.status_code == 200, answer.text
-    gate.secrets.add(answer.json()["api_key"])
     return str(answer.json()["api_key"])
 
 
@@ -1570,26 +1385,19 @@ def data(event: bytes) -> JSONObject:
 
 def spoken(events: list[bytes]) -> str:
     """Return the text of the first choice of a streamed chat."""
-    said = ""
-    for event in events:
-        if event.startswith(b"data: {"):
-            for choice in data(event).get("choices", [])[:1]:
-                said += choice["delta"].get("content") or ""
-    return said
+    bodies = [data(event) for event in events if event.startswith(b"data: {")]
+    deltas = [body["choices"][0]["delta"] for body in bodies if body.get("choices")]
+    return "".join(delta.get("content") or "" for delta in deltas)
 
 
 def said_by_vllm(exchange: Exchange, options: JSONObject | None = None) -> bytes:
     """Return the stream as vLLM would have written it for these stream_options of the caller."""
-    asked = options or {}
-    kept = b""
-    for event in exchange.answer().split(b"\n\n")[:-1]:
-        final = b'"choices":[],' in event
-        if final and not asked.get("include_usage"):
-            continue
-        if not final and not asked.get("continuous_usage_stats"):
-            event = re.sub(rb',"usage":\{[^}]*\}', b"", event)
-        kept += event + b"\n\n"
-    return kept
+    said, asked = exchange.answer(), options or {}
+    if not asked.get("include_usage"):  # the event at the end
+        said = re.sub(rb'data: [^\n]*"choices":\[\],[^\n]*\n\n', b"", said)
+    if not asked.get("continuous_usage_stats"):  # in all others
+        said = re.sub(rb'(?<!"choices":\[\]),"usage":\{[^}]*\}', b"", said)
+    return said
 
 
 def longest_delay(gate: Gate, key: str) -> float:
@@ -1597,20 +1405,15 @@ def longest_delay(gate: Gate, key: str) -> float:
     with chat(gate, key, "spaced", stream=True) as response:
         assert response.headers["Content-Type"].startswith("text/event-stream")
         received = [(time.monotonic(), event) for event in stream_events(response)]
-        row = gate.row(response)
     assert received[-1][1] == DONE
-    assert (row.stream, row.status, row.estimated) == (1, "ok", 0)
-    assert (row.prompt_tokens, row.completion_tokens) == (10, 4)
     events = gate.upstream.asked()[-1].sent
     sent = [at for at, event in events if b'"choices":[],' not in event]
     return max(there - here for (there, _), here in zip(received, sent, strict=True))
 
 
-@contextlib.contextmanager
-def connected(gate: Gate) -> Iterator[socket.socket]:
-    """A raw connection to the gate."""
-    with socket.create_connection(gate.address, timeout=20) as connection:
-        yield connection
+def connected(gate: Gate) -> socket.socket:
+    """Return a raw connection to the gate."""
+    return socket.create_connection(gate.address, timeout=20)
 
 
 def raw_request(method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
@@ -1633,10 +1436,8 @@ def read_reply(connection: socket.socket, method: str = "GET") -> Reply:
     reply = Reply()
     with contextlib.closing(http.client.HTTPResponse(connection, method=method)) as response:
         response.begin()
-        reply.status_code, reply.headers = (
-            response.status,
-            CaseInsensitiveDict(response.getheaders()),
-        )
+        reply.status_code = response.status
+        reply.headers = CaseInsensitiveDict(response.getheaders())
         reply.raw = io.BytesIO(response.read())
     return reply
 
@@ -1739,11 +1540,10 @@ BOUND_NAMES = {"responses": "max_output_tokens"}
 def body_of(endpoint: str, model: str = "ok", most: int = 300, **fields: object) -> JSONObject:
     """Return the body of a request for at most so many tokens, with the prompt marker in it."""
     body: JSONObject = {"model": model, BOUND_NAMES.get(endpoint, "max_tokens"): most}
-    if endpoint in ("completions", "embeddings"):
-        return body | {"prompt": [PROMPT, PROMPT], "input": [PROMPT, PROMPT]} | fields
-    if endpoint == "responses":
-        return body | {"input": PROMPT} | fields
-    return body | {"messages": user_says(PROMPT)} | fields
+    two = [PROMPT, PROMPT]
+    prompts: dict[str, JSONObject] = {"completions": {"prompt": two}, "embeddings": {"input": two}}
+    prompts["responses"] = {"input": PROMPT}
+    return body | prompts.get(endpoint, {"messages": user_says(PROMPT)}) | fields
 
 
 def refused(endpoint: str, reply: Reply, status: int, code: str = "") -> str:
@@ -1760,7 +1560,6 @@ def refused(endpoint: str, reply: Reply, status: int, code: str = "") -> str:
 # ---------------------------------------------------------------------------------------------
 # Accounts, JWTs and keys: who gets in, and that nobody else does.
 
-API_KEY = re.compile(r"sk-llmgate-[0-9A-Za-z]{49}")
 LONGEST_PASSWORD = "ä" * 36  # 72 bytes
 WISHES: JSONObject = {  # of one who would be somebody else
     "is_admin": True, "id": 77, "jwt_version": 9, "disabled_at": 1, "tokens_used": -1000,
@@ -1775,8 +1574,7 @@ def test_registration_gives_an_integer_id_and_a_key(gate: Gate) -> None:
     assert (answer.status_code, answer.headers["Cache-Control"]) == (201, "no-store")
     assert answer.headers["X-Request-Id"]
     key = answer.json()["api_key"]
-    gate.secrets.add(key)
-    assert API_KEY.fullmatch(key)
+    assert re.fullmatch(r"sk-llmgate-[0-9A-Za-z]{49}", key)
     account = {"username": "alice_1", "token_limit": 1000000, "tokens_used": 0, "api_key": key}
     assert answer.json() == account | {"id": 1}
     seen = me(gate, User(1, "alice_1", PASSWORD, key))
@@ -1787,32 +1585,23 @@ def test_registration_gives_an_integer_id_and_a_key(gate: Gate) -> None:
     assert gate.rows("SELECT count(*) FROM api_keys WHERE key_hash = ?", "0" * 64) == [(0,)]
 
 
-def test_login_takes_json_and_a_form(gate: Gate, user: User) -> None:
-    """Both give a JWT of a day, which no cache may keep; it buys a new one of the same shape."""
-    credentials = {"username": user.name, "password": PASSWORD}
+@pytest.mark.parametrize("settings", [{}, {"JWT_EXPIRATION_HOURS": "1"}], ids=["24 h", "1 h"])
+def test_login_takes_json_and_a_form(make_gate: MakeGate, settings: dict[str, str]) -> None:
+    """Both give a JWT, which no cache may keep; it buys a new one of the same shape."""
+    gate = make_gate(**settings)
+    credentials = {"username": register(gate, "olga").name, "password": PASSWORD}
     by_json = call(gate, "POST", "/auth/token", json=credentials)
     by_form = call(gate, "POST", "/auth/token", data=credentials | {"grant_type": "password"})
     refreshed = call(gate, "POST", "/auth/refresh", by_json.json()["access_token"])
     for answer in (by_json, by_form, refreshed):
         assert answer.status_code == 200, answer.text
-        token = answer.json()["access_token"]
-        about = {"token_type": "bearer", "expires_in": 24 * 3600}
+        token, life_s = answer.json()["access_token"], 3600 if settings else 24 * 3600
+        about = {"token_type": "bearer", "expires_in": life_s}
         assert answer.json() == {"access_token": token} | about
+        claims = jwt.decode(token, options={"verify_signature": False})
+        assert claims["exp"] - claims["iat"] == life_s
         assert answer.headers["Cache-Control"] == "no-store"
-        gate.secrets.add(token)
         assert call(gate, "GET", "/users/me", token).status_code == 200
-
-
-def test_life_of_a_jwt_and_size_of_a_body_are_settings(make_gate: MakeGate) -> None:
-    """One hour here, and one megabyte."""
-    gate = make_gate(JWT_EXPIRATION_HOURS="1", MAX_BODY_MB="1")
-    user = register(gate)
-    answer = try_login(gate, user.name, PASSWORD).json()
-    claims = jwt.decode(answer["access_token"], options={"verify_signature": False})
-    assert claims["exp"] - claims["iat"] == answer["expires_in"] == 3600
-    assert_error(post_text(gate, "/v1/chat/completions", user.key, b" " * (2 << 20)), 413)
-    long = user_says("x" * 900_000)
-    assert chat(gate, user.key, messages=long).status_code == 400  # vLLM's
 
 
 def test_names_are_unique_whatever_their_case(gate: Gate) -> None:
@@ -1868,8 +1657,10 @@ BAD_BODIES = [b"{bad", b"", b"[1]", b"null", b'"x"', b"\xff\xfe", b'{"model": "\
 BAD_BODIES += [b"[" * 60_000, b'{"model": ' + b"[" * 60_000]
 
 
-def test_bad_body_is_refused_by_every_call(gate: Gate, user: User) -> None:
+def test_bad_body_is_refused_by_every_call(make_gate: MakeGate) -> None:
     """400; 415 as text, which a web page may send unasked, and as gzip. A BOM is read over."""
+    gate = make_gate(MAX_BODY_MB="1")
+    user = register(gate)
     token = login(gate, user)
     good = json.dumps(chat_body() | {"username": "erin", "password": PASSWORD}).encode()
     packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
@@ -1886,6 +1677,8 @@ def test_bad_body_is_refused_by_every_call(gate: Gate, user: User) -> None:
     marked = b"\xef\xbb\xbf" + json.dumps(chat_body()).encode()
     assert post_text(gate, "/v1/chat/completions", user.key, marked).status_code == 200
     assert [x.json() for x in gate.upstream.asked()] == [chat_body()]
+    assert_error(post_text(gate, "/v1/chat/completions", user.key, b" " * (2 << 20)), 413)
+    assert chat(gate, user.key, messages=user_says("x" * 900_000)).status_code == 400  # vLLM's
 
 
 def test_unknown_name_is_like_a_wrong_password(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1894,11 +1687,10 @@ def test_unknown_name_is_like_a_wrong_password(gate: Gate, monkeypatch: pytest.M
     bodies = set()
 
     def seconds(name: str) -> float:
-        began = time.perf_counter()
         answer = try_login(gate, name, "wrong-password")
         assert_error(answer, 401, "invalid_credentials")
         bodies.add(answer.content)
-        return time.perf_counter() - began
+        return answer.elapsed.total_seconds()
 
     names = [register(gate).name for _ in range(7)] * 3
     pairs = [(seconds(name), seconds(f"no-{name}-{i}")) for i, name in enumerate(names)]
@@ -1936,10 +1728,9 @@ def test_forged_jwt_is_refused_at_once(gate: Gate) -> None:
     forged += [sign({"sub": sub}) for sub in (None, 1, "2", "9" * 30, "one")]
     forged += [sign({"exp": None}), sign({"ver": 2})]
     for token in [*forged, sign({"iat": now + 30, "nbf": now + 30, "exp": now + 90})]:
-        began = time.perf_counter()
         answer = call(gate, "GET", "/users/me", token)
-        assert time.perf_counter() - began < 0.5, token
         assert_error(answer, 401, "invalid_token")
+        assert answer.elapsed.total_seconds() < 0.5, token
     expired = sign({"exp": now - 120})  # so that a client logs in again
     assert_error(call(gate, "GET", "/users/me", expired), 401, "token_expired")
     for value in ("Bearer", "Bearer ", "", "Bearer \xe4\xff"):
@@ -1951,16 +1742,15 @@ def test_forged_jwt_is_refused_at_once(gate: Gate) -> None:
 
 def test_each_credential_opens_its_own_calls_only(gate: Gate, user: User) -> None:
     """A key, also as `x-api-key`, opens /v1 and its usage, a JWT the account; a query neither."""
-    token, as_header = login(gate, user), {"x-api-key": user.key}
-    for bearer, header in (("", user.key), (user.key, user.key), (user.key, "")):
-        answer = call(gate, "GET", "/v1/models", bearer, headers={"x-api-key": header})
-        assert answer.status_code == 200, (bool(bearer), bool(header))
-    assert_error(call(gate, "GET", "/users/me", headers=as_header), 401)
-    for asked in ("GET /users/me", "GET /users/me/keys", "POST /users/me/api-key"):
+    token, as_bearer = login(gate, user), {"Authorization": f"Bearer {user.key}"}
+    as_header = {"x-api-key": user.key}
+    for headers in (as_header, as_bearer, as_bearer | as_header, as_bearer | {"x-api-key": ""}):
+        assert call(gate, "GET", "/v1/models", headers=headers).status_code == 200
+    account = ("GET /users/me", "GET /users/me/keys", "POST /users/me/api-key")
+    for asked in (*account, "POST /auth/refresh"):
         method, path = asked.split()
-        assert_error(call(gate, method, path, user.key), 401)
-    for bearer in (user.key, ""):
-        assert_error(call(gate, "POST", "/auth/refresh", bearer), 401)
+        for headers in (as_header, as_bearer, {}):
+            assert_error(call(gate, method, path, headers=headers), 401)
     assert call(gate, "GET", "/users/usage", user.key).status_code == 200
     assert_error(call(gate, "GET", "/v1/models", token), 401, "invalid_api_key")
     assert_error(chat(gate, token), 401, "invalid_api_key")
@@ -1978,21 +1768,19 @@ def test_bad_key_is_refused_before_vllm(gate: Gate, user: User) -> None:
     in_basic = "Basic " + base64.b64encode(f"user:{key}".encode()).decode()
     wrong = ["' OR 1=1 --", "sk-llmgate-' OR 1=1 --", "\xff\xfe", changed, key + "a", key[:-1]]
     wrong += [key.swapcase(), f"{key}, Bearer {key}", f"other\r\nAuthorization: Bearer {key}"]
-    for value in ["Bearer", "Basic x", in_basic, key, *[f"Bearer {item}" for item in wrong]]:
-        headers = {"Authorization": value, "Content-Type": "application/json"}
-        began = time.perf_counter()
-        reply = send_raw(gate, raw_request("POST", "/v1/chat/completions", headers, body))
-        assert time.perf_counter() - began < 0.5, value
-        assert_error(reply, 401)
-        assert reply.headers["x-should-retry"] == "false", value
-    assert_error(relay(gate, "", "chat/completions", chat_body()), 401, "missing_api_key")
-    pairs = [(key, register(gate).key), ("", key[:-1]), ("", "")]
-    for endpoint, (bearer, header) in itertools.product(("models", *ENDPOINTS), pairs):
-        method = "GET" if endpoint == "models" else "POST"
-        asked: JSONObject = {"json": body_of(endpoint), "headers": {"x-api-key": header}}
-        answer = call(gate, method, f"/v1/{endpoint}", bearer, **asked)
-        refused(endpoint, answer, 401)
-        assert answer.headers["x-should-retry"] == "false", endpoint
+    values = ["Bearer", "Basic x", in_basic, key, *[f"Bearer {item}" for item in wrong]]
+    cases = [{"Authorization": value} for value in values]
+    cases += [{}, {"x-api-key": ""}, {"x-api-key": key[:-1]}]
+    cases.append({"Authorization": f"Bearer {key}", "x-api-key": register(gate).key})
+    for headers in cases:
+        began, code = time.perf_counter(), "" if any(headers.values()) else "missing_api_key"
+        for endpoint in ("models", *ENDPOINTS):
+            method = "GET" if endpoint == "models" else "POST"
+            asked = {"Content-Type": "application/json"} | headers
+            reply = send_raw(gate, raw_request(method, f"/v1/{endpoint}", asked, body))
+            refused(endpoint, reply, 401, code)
+            assert reply.headers["x-should-retry"] == "false", headers
+        assert time.perf_counter() - began < 4 * 0.5, headers
     assert gate.upstream.asked() == []
     headers = {"Authorization": f"bearer {key}"}
     assert call(gate, "GET", "/v1/models", headers=headers).status_code == 200
@@ -2038,7 +1826,6 @@ def test_named_keys_are_listed_and_revoked(gate: Gate) -> None:
     def make(name: str) -> JSONObject:
         made = call(gate, "POST", path, token, json={"name": name})
         assert made.status_code == 201, made.text
-        gate.secrets.add(made.json()["api_key"])
         return cast(JSONObject, made.json())
 
     key = make("laptop")["api_key"]
@@ -2071,7 +1858,6 @@ def test_new_password_ends_every_older_jwt_and_disable_all(gate: Gate, user: Use
     answer = call(gate, "POST", "/auth/password", old, json=body)
     assert answer.status_code == 200, answer.text
     token = answer.json()["access_token"]
-    gate.secrets.add(token)
     assert_error(call(gate, "GET", "/users/me", old), 401, "invalid_token")
     assert call(gate, "GET", "/users/me", token).status_code == 200
     assert_error(try_login(gate, user.name, PASSWORD), 401, "invalid_credentials")
@@ -2111,10 +1897,7 @@ def test_guessing_is_slowed_down_for_one_name_only(gate: Gate) -> None:
 
 
 def test_guesses_are_counted_before_they_are_tried(gate: Gate, user: User) -> None:
-    """Few of fifty at once get that far. The log has who guesses, but nothing that is no name.
-
-    A clock that was an hour ahead meanwhile holds nobody back.
-    """
+    """Few of fifty at once get that far; the log has who guesses; a clock gone wrong blocks nobody."""
     assert_error(try_login(gate, user.name, "wrong-password"), 401)
     gate.rows("UPDATE login_attempts SET held_until_ms = held_until_ms + 600000")  # one failure
     assert try_login(gate, user.name, PASSWORD).status_code == 200
@@ -2137,10 +1920,7 @@ def test_guesses_are_counted_before_they_are_tried(gate: Gate, user: User) -> No
 
 
 def test_registration_by_invitation(start_process: StartProcess) -> None:
-    """The gate's first lines say how; who has none is told so, who has a wrong one, that it is.
-
-    With LOG_FILE=- no file is made: standard error has the log.
-    """
+    """The first lines say how; none is told from a wrong one. LOG_FILE=- logs to standard error."""
     token = "invitation-marker-77"
     gate = start_process(REGISTRATION="invite", REGISTRATION_TOKEN=token, LOG_FILE="-")
     gate.secrets.add(token)
@@ -2218,51 +1998,39 @@ def test_each_event_passes_at_once(gate: Gate, user: User) -> None:
 
 STREAM_OPTIONS: list[JSONObject | None] = [None, {"include_usage": False}, {"include_usage": True}]
 STREAM_OPTIONS += [{"include_usage": True, "continuous_usage_stats": on} for on in (False, True)]
+STRANGE_WORDS = (  # that look like the protocol
+    ',"usage":{"prompt_tokens":1,"completion_tokens":1},"choices":[],'
+    'data: [DONE]\n\ndata: {"error":{"message":"no"}}\n\n'
+    '"usage":null}] \\"usage\\": \\\\'
+    "\N{SNOWMAN}\N{GRINNING FACE}äöü\u2028\u2029\x85\x00"
+)
 
 
-@pytest.mark.parametrize("model", ["ok", "lumpy", "apart"])
+@pytest.mark.parametrize("model", ["ok", "lumpy", "echo"])
 def test_stream_is_what_vllm_would_have_sent(gate: Gate, user: User, model: str) -> None:
-    """The usage that only the gate asked for is gone, every other byte is there."""
+    """The usage that only the gate asked for is gone, not what the model says; nothing else is."""
+    said = user_says(STRANGE_WORDS * 3)
     for options, choices in itertools.product(STREAM_OPTIONS, (1, 2)):
         asked = {} if options is None else {"stream_options": options}
-        events = streamed(gate, user.key, model, n=choices, **asked)
+        events = streamed(gate, user.key, model, n=choices, messages=said, **asked)
         exchange = gate.upstream.asked()[-1]
         assert exchange.json()["stream_options"]["include_usage"] is True
         assert exchange.json()["stream_options"]["continuous_usage_stats"] is True
         assert b"".join(events) == said_by_vllm(exchange, options)
+        assert spoken(events) == STRANGE_WORDS * 3 or choices > 1 or model != "echo"
         wanted = options or {}
         if not wanted.get("continuous_usage_stats"):
             shown = [event for event in events if b'"usage":' in event]
             assert shown == events[-2:-1] * wanted.get("include_usage", False)
-    gate.settle()
-    rows = Counter((row.total, row.estimated) for row in gate.usage(user))
-    assert rows == {(30, 0): 5, (50, 0): 5}
+    plain = chat(gate, user.key, "echo", messages=said)
+    assert plain.json()["choices"][0]["message"]["content"] == STRANGE_WORDS * 3
     body = {"model": model, "prompt": PROMPT, "stream": True, "max_tokens": 5}
     with relay(gate, user.key, "completions", body) as response:  # whose events are other objects
         events = list(stream_events(response))
-        assert gate.row(response).total == 15
+        assert gate.row(response).total == 10 + (3 if model == "echo" else 5)
     assert b"".join(events) == said_by_vllm(gate.upstream.asked()[-1])
-
-
-STRANGE_WORDS = [
-    ',"usage":{"prompt_tokens":1,"completion_tokens":1},"choices":[],',
-    'data: [DONE]\n\ndata: {"error":{"message":"no"}}\n\n',
-    '"usage":null}] \\"usage\\": \\\\',
-    "\N{SNOWMAN}\N{GRINNING FACE}äöü\u2028\u2029\x85\x00",
-]
-
-
-def test_text_that_looks_like_the_protocol_passes_unchanged(gate: Gate, user: User) -> None:
-    """Usage is taken out of the stream, not out of what the model says."""
-    for words in STRANGE_WORDS:
-        messages = user_says(words * 3)
-        events = streamed(gate, user.key, "echo", messages=messages)
-        assert spoken(events) == words * 3
-        assert b"".join(events) == said_by_vllm(gate.upstream.asked()[-1])
-        plain = chat(gate, user.key, "echo", messages=messages)
-        assert plain.json()["choices"][0]["message"]["content"] == words * 3
     gate.settle()
-    assert [row.estimated for row in gate.usage(user)] == [0] * 8
+    assert not any(row.estimated for row in gate.usage(user))
 
 
 WHOLE_ANSWER = b'{"id":"c","choices":[],"usage":{"prompt_tokens":10,"completion_tokens":3}}'
@@ -2295,7 +2063,7 @@ BROKEN_FRAMINGS = [
 ]
 
 
-def test_answer_is_read_however_it_arrives(make_gate: MakeGate) -> None:
+def test_answer_is_read_however_it_arrives(gate: Gate, user: User) -> None:
     """What breaks off or is no HTTP is 502 at once, for its own caller and not for the next."""
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
@@ -2308,54 +2076,37 @@ def test_answer_is_read_however_it_arrives(make_gate: MakeGate) -> None:
             upstream.wfile.write(answer[at : at + size])
         upstream.close_connection = b"Content-Length" not in answer
 
-    with scripted_gate(make_gate, say) as gate:
-        gate.expected_5xx = {502}
-        user = register(gate)
-        whole, broken = range(len(FRAMINGS)), range(len(FRAMINGS), len(FRAMINGS + BROKEN_FRAMINGS))
-        for number, size in itertools.product(whole, (1, 7, 10**6)):
-            answer = chat(gate, user.key, seed=number, top_k=size)
-            assert (answer.status_code, answer.content) == (200, WHOLE_ANSWER), FRAMINGS[number]
-        for number, size, stream in itertools.product(broken, (1, 10**6), (False, True)):
-            began = time.monotonic()
-            with chat(gate, user.key, stream=stream, seed=number, top_k=size) as answer:
-                assert_error(answer, 502, "upstream_error")
-            assert time.monotonic() - began < 2
-            assert ANSWER in chat(gate, user.key).text
-        assert gate.row(answer).total == 0  # what is no HTTP is free
+    gate.upstream.say, gate.expected_5xx = say, {502}
+    whole, broken = range(len(FRAMINGS)), range(len(FRAMINGS), len(FRAMINGS + BROKEN_FRAMINGS))
+    for number, size in itertools.product(whole, (1, 7, 10**6)):
+        answer = chat(gate, user.key, seed=number, top_k=size)
+        assert (answer.status_code, answer.content) == (200, WHOLE_ANSWER), FRAMINGS[number]
+    for number, size, stream in itertools.product(broken, (1, 10**6), (False, True)):
+        with chat(gate, user.key, stream=stream, seed=number, top_k=size) as answer:
+            assert_error(answer, 502, "upstream_error")
+        assert answer.elapsed.total_seconds() < 2
+        assert ANSWER in chat(gate, user.key).text
+    assert gate.row(answer).total == 0  # what is no HTTP is free
 
 
-def named_event(type: str, **fields: object) -> bytes:
-    """Return an event of /v1/responses."""
-    return f"event: {type}\n".encode() + event_of({"type": type} | fields)
-
-
-def test_end_of_a_broken_response_is_seen_and_its_text_counts_once(make_gate: MakeGate) -> None:
+def test_end_of_a_broken_response_is_seen_and_its_text_counts_once(gate: Gate, user: User) -> None:
     """It was told thrice by then. Nor does a text named like an event hide the end beside it."""
-    told = ResponseAnswer(body_of("responses"), Behaviour())
-    told.made = 20
-    whole = re.findall(rb"(?s).*?\n\n", b"".join(event for _, event in told.events()))
-    name = "response.output_text.delta"
-    failed = named_event("response.failed", response={"status": "failed", "output": [name]})
-    begun = named_event("response.created", response={"usage": None})
-    begun += named_event(name, delta=name)
-    ended = named_event("response.output_text.done", text=name) + failed
-
-    def say(upstream: UpstreamHandler, body: JSONObject) -> None:
-        upstream.start_stream()
-        upstream.exchange.tokens = 30
-        for chunk in (whole[:-1], [begun, ended])[body["seed"]]:
-            upstream.wait(0.03)
-            upstream.chunk(chunk)
-        upstream.wfile.write(b"0\r\n\r\n")
-
-    with scripted_gate(make_gate, say) as gate:
-        user = register(gate)
-        ask = functools.partial(relay, gate, user.key, "responses")
-        cut, own = [ask(body_of("responses", stream=True, seed=seed)) for seed in (0, 1)]
-        assert b"event: response.failed" in cut.content and own.content == begun + ended
-        assert 20 <= gate.row(cut).completion_tokens <= 30
-        for answer in (cut, own):
-            assert (gate.row(answer).status, gate.row(answer).estimated) == ("error", 1)
+    vllm = ResponseAnswer(body_of("responses"), Behaviour())
+    vllm.made, name = 20, "response.output_text.delta"
+    *whole, _ = [event for _, event in vllm.events()]  # all but the last one
+    begun = vllm.typed("response.created", response={"usage": None}) + vllm.typed(name, delta=name)
+    ended = vllm.typed("response.output_text.done", text=name)
+    ended += vllm.typed("response.failed", response={"status": "failed", "output": [name]})
+    streams = iter([whole, [begun, ended]])
+    gate.upstream.say = lambda handler, _: handler.say_events(
+        *next(streams), wait_s=0.03, tokens=30
+    )
+    asked = body_of("responses", stream=True)
+    cut, own = [relay(gate, user.key, "responses", asked) for _ in range(2)]
+    assert b"event: response.failed" in cut.content and own.content == begun + ended
+    assert 20 <= gate.row(cut).completion_tokens <= 30
+    for answer in (cut, own):
+        assert (gate.row(answer).status, gate.row(answer).estimated) == ("error", 1)
 
 
 VLLM_SAYS: list[tuple[int, str | bytes, str, str | bool]] = [  # status, words or body, our code
@@ -2374,19 +2125,19 @@ VLLM_SAYS: list[tuple[int, str | bytes, str, str | bool]] = [  # status, words o
 ]
 
 
-def test_refusals_of_vllm_keep_their_status_and_its_faults_are_502(make_gate: MakeGate) -> None:
+def test_refusals_of_vllm_keep_their_status_and_its_faults_are_502(gate: Gate, user: User) -> None:
     """`Retry-After` passes, no redirect is followed; free, or an estimate if an answer began."""
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
         status, said, _, _ = VLLM_SAYS[body["seed"]]
         if isinstance(said, str):
             said = dump({"error": {"message": said, "type": "x", "param": None, "code": status}})
-        headers = f"retry-after: 9\r\nlocation: {second.url}{upstream.path}\r\n"
-        headers += "set-cookie: session=1; Path=/\r\n"
-        upstream.reply(status, said, "application/json", headers)
+        headers = {"retry-after": "9", "location": second.url + upstream.path}
+        headers["set-cookie"] = "session=1; Path=/"
+        upstream.reply(status, said, **headers)
 
-    with Upstream() as second, scripted_gate(make_gate, say) as gate:
-        gate.expected_5xx, user = {502, 503}, register(gate)
+    gate.upstream.say, gate.expected_5xx = say, {502, 503}
+    with Upstream() as second:
         cases = itertools.product(ENDPOINTS, enumerate(VLLM_SAYS), (False, True))
         for endpoint, (number, (status, said, code, began)), stream in cases:
             begun = began in (True, endpoint)
@@ -2407,28 +2158,28 @@ def test_refusals_of_vllm_keep_their_status_and_its_faults_are_502(make_gate: Ma
         assert second.exchanges == []
 
 
-def test_gate_goes_on_when_vllm_comes(make_gate: MakeGate) -> None:
+def test_gate_goes_on_when_vllm_comes(make_gate: MakeGate, upstream: Upstream) -> None:
     """502 while nobody listens, also near the limit. An idle connection may end: no 502 then."""
-    with Upstream() as later:
-        port = later.server_address[1]
-    gate = make_gate(VLLM_ENDPOINT=f"http://127.0.0.1:{port}")
+    upstream.stop()
+    gate = make_gate()
     gate.expected_5xx = {502}
     user, poor = register(gate), register(gate, token_limit=200)
-    began = time.monotonic()
     for key, endpoint in itertools.product((user.key, poor.key), ENDPOINTS):
         answer = relay(gate, key, endpoint, body_of(endpoint))
         assert "vLLM" in refused(endpoint, answer, 502, "upstream_unavailable")
-    assert_error(call(gate, "GET", "/v1/models", user.key), 502, "upstream_unavailable")
-    assert time.monotonic() - began < 3
+        assert answer.elapsed.total_seconds() < 3
+    listed = call(gate, "GET", "/v1/models", user.key, timeout=3)
+    assert_error(listed, 502, "upstream_unavailable")
     gate.settle()
-    with Upstream(port, idle_s=0.2) as later:
-        gate.upstream = later
-        wait_until(lambda: call(gate, "GET", "/v1/models", user.key).status_code == 200)
-        for _ in range(3):
-            assert chat(gate, user.key).status_code == 200
-            wait_until(lambda: not later.connections)
-        assert len(later.asked()) == 3  # and none ran twice
-        gate.settle()
+    upstream.start()
+    wait_until(lambda: call(gate, "GET", "/v1/models", user.key).status_code == 200)
+    for _ in range(3):
+        assert chat(gate, user.key).status_code == 200
+        upstream.hang_up()
+        wait_until(lambda: not upstream.connections)
+    assert len(upstream.asked()) == 3  # and none ran twice
+    gate.settle()
+    upstream.stop()
     assert_error(chat(gate, poor.key), 502, "upstream_unavailable")  # who would count the prompt?
 
 
@@ -2436,13 +2187,14 @@ def test_killed_server_fails_its_own_requests_only(make_gate: MakeGate, upstream
     """Two servers beside one that is down; the killed one takes its models away, and returns."""
     dead = "http://127.0.0.1:1"
     with Upstream() as killed, Upstream() as other, ThreadPoolExecutor(8) as pool:
-        killed.serves, other.serves = frozenset({"slow"}), frozenset({"paced"})
+        killed.exchanges = other.exchanges = upstream.exchanges
+        killed.listed, other.listed = [listing("slow")], [listing("paced")]
         gate = make_gate(VLLM_ENDPOINT=f"{dead}, {killed.url}/v1,{other.url}/")
         user = register(gate)
         broken = [pool.submit(streamed, gate, user.key, "slow", max_tokens=200) for _ in range(4)]
         whole = [pool.submit(streamed, gate, user.key, "paced", max_tokens=25) for _ in range(4)]
-        wait_until(lambda: killed.running() >= 4 and other.running() >= 4)
-        killed.__exit__()
+        wait_until(lambda: upstream.running() >= 8)
+        killed.stop()
         for future in broken:
             assert data(future.result()[-1])["error"]["code"] == "upstream_error"
         for future in whole:
@@ -2451,14 +2203,8 @@ def test_killed_server_fails_its_own_requests_only(make_gate: MakeGate, upstream
         assert_error(chat(gate, user.key, "slow"), 502, "upstream_unavailable")
         listed = call(gate, "GET", "/v1/models", user.key).json()["data"]
         assert {model["id"] for model in listed} == {"paced", "llm-user-managed"}
-        with Upstream(killed.server_address[1]) as again:
-            again.serves = frozenset({"slow"})
-            wait_until(lambda: chat(gate, user.key, "slow", max_tokens=2).status_code == 200)
-            upstream.exchanges += [*killed.exchanges, *other.exchanges, *again.exchanges]
-            gate.settle()
-    statuses = Counter((row.model, row.status) for row in gate.usage(user))
-    assert statuses[("slow", "error")] >= 4 and statuses[("slow", "ok")] == 1
-    assert statuses[("paced", "ok")] == 4
+        killed.start()
+        wait_until(lambda: chat(gate, user.key, "slow", max_tokens=2).status_code == 200)
 
 
 def test_first_server_in_the_list_gives_the_alias_its_model(
@@ -2467,7 +2213,8 @@ def test_first_server_in_the_list_gives_the_alias_its_model(
     """In list, chat and opencode.json, which works on through the alias with another model."""
     monkeypatch.setattr(llmgate, "MODELS_TTL_S", 0.2)  # not to wait for 10 s
     with Upstream() as first, Upstream() as second:
-        first.serves, second.serves = frozenset({"long"}), frozenset({"ok", "long"})
+        first.exchanges = second.exchanges = upstream.exchanges
+        first.listed, second.listed = [listing("long")], [listing("ok"), listing("long")]
         gate, name = make_gate(VLLM_ENDPOINT=f"{first.url},{second.url}"), "llm-user-managed"
         gate.expected_5xx = {502}
         user = register(gate)
@@ -2485,19 +2232,19 @@ def test_first_server_in_the_list_gives_the_alias_its_model(
         assert contexts() == {131072}
         listed = call(gate, "GET", "/v1/models", user.key).json()["data"]
         assert sorted(model["id"] for model in listed) == [name, "long", "ok"]
-        second.__exit__()
+        second.stop()
         assert contexts() == {131072}
-        with Upstream(second.server_address[1]) as again:
-            again.serves = frozenset({"ok"})
-            assert contexts() == {131072}
-            first.__exit__()
-            wait_until(lambda: contexts() == {MAX_MODEL_LEN}, 5)
-        with Upstream(first.server_address[1]) as other:
-            other.serves = frozenset({"new/model"})
-            wait_until(lambda: len(other.exchanges) > 1)  # nobody asked the gate meanwhile
-            assert chat(gate, user.key, asked_for).status_code == 200
-        for server in (first, second, again, other):
-            upstream.exchanges += server.exchanges
+        second.listed = [listing("ok")]
+        second.start()
+        assert contexts() == {131072}
+        first.stop()
+        wait_until(lambda: contexts() == {MAX_MODEL_LEN}, 5)
+        second.stop()
+        first.listed = [listing("new/model")]
+        first.start()
+        seen = len(first.exchanges)
+        wait_until(lambda: len(first.exchanges) > seen + 1)  # nobody asked the gate meanwhile
+        assert chat(gate, user.key, asked_for).status_code == 200
     assert "new/model" in {row.model for row in gate.usage(user) if row.status == "ok"}
 
 
@@ -2510,20 +2257,20 @@ EXTRA = (  # fields that nobody knows yet, and whole numbers of any length
 )
 
 
-def test_request_is_made_for_the_server_that_gets_it(make_gate: MakeGate) -> None:
+def test_request_is_made_for_the_server_that_gets_it(
+    make_gate: MakeGate, upstream: Upstream
+) -> None:
     """For its context, when the first one has died."""
-    with Upstream() as first, Upstream() as second:
+    with Upstream() as first:
         first.listed = [{"id": "ok", "max_model_len": 16}]
-        gate = make_gate(VLLM_ENDPOINT=f"{first.url},{second.url}")
-        gate.upstream, user = second, register(gate)
+        gate = make_gate(VLLM_ENDPOINT=f"{first.url},{upstream.url}")
+        user = register(gate)
         assert chat(gate, user.key).status_code == 200
-        first.__exit__()
-        counted = relay(gate, user.key, "messages/count_tokens", body_of("messages"))
-        assert counted.status_code == 200
-        reply = chat(gate, user.key, max_tokens=None)
-        assert (reply.status_code, gate.row(reply).total) == (200, 10 + 20)
-        second.exchanges += first.exchanges
-        gate.settle()
+    counted = relay(gate, user.key, "messages/count_tokens", body_of("messages"))
+    assert counted.status_code == 200
+    reply = chat(gate, user.key, max_tokens=None)
+    assert (reply.status_code, gate.row(reply).total) == (200, 10 + 20)
+    upstream.exchanges += first.exchanges
 
 
 def test_vllm_gets_what_was_sent_but_nothing_of_its_sender(gate: Gate, user: User) -> None:
@@ -2537,20 +2284,15 @@ def test_vllm_gets_what_was_sent_but_nothing_of_its_sender(gate: Gate, user: Use
         body = json.dumps(body_of(endpoint))[:-1] + ", " + EXTRA
         answer = call(gate, "POST", f"/v1/{endpoint}", bearer, data=body, headers=headers)
         assert answer.status_code == 200, answer.text
-        assert answer.headers["X-Request-Id"] != "chosen-by-the-caller"
-        exchange = gate.upstream.asked()[-1]
-        assert exchange.headers["Authorization"] == f"Bearer {UPSTREAM_KEY}"
-        assert exchange.headers["Accept-Encoding"] == "identity"
-        assert exchange.headers["Content-Type"] == "application/json"
-        assert exchange.headers["X-Vllm-Priority"] == "0"
-        kept_back = {"priority", "cookie", "x-api-key", "x-data-parallel-rank"}
-        assert not kept_back & {name.lower() for name in exchange.headers}
-        for trace in (user.key, "cookie-marker", "chosen-by", "203.0.113.9", "trailers"):
-            assert trace not in str(exchange.headers)
+        exchange, name = gate.upstream.asked()[-1], answer.headers["X-Request-Id"]
+        passed = {"Content-Length": str(len(exchange.body)), "Content-Type": "application/json"}
+        passed |= {"Host": gate.upstream.url.removeprefix("http://"), "X-Vllm-Priority": "0"}
+        passed |= {"Accept-Encoding": "identity", "Authorization": f"Bearer {UPSTREAM_KEY}"}
+        assert dict(exchange.headers) == passed | {"X-Request-Id": name}
+        assert name != "chosen-by-the-caller"
         got = exchange.json()
         if endpoint == "responses":
-            assert got.pop("store") is False
-            assert answer.headers["X-Request-Id"] in got.pop("request_id")
+            assert got.pop("store") is False and name in got.pop("request_id")
         assert list(got.items()) == list(json.loads(body).items())
 
 
@@ -2610,7 +2352,6 @@ def test_models_are_listed_with_aliases_and_without_paths(make_gate: MakeGate) -
     gate = make_gate(MODEL_ALIASES=",".join(map("=".join, aliases.items())))
     user = register(gate)
     listed = call(gate, "GET", "/v1/models", user.key)
-    assert listed.status_code == 200
     assert "/models/" not in listed.text
     models = {model["id"]: model for model in listed.json()["data"]}
     assert set(models) == {*BEHAVIOURS, *aliases}
@@ -2698,26 +2439,25 @@ CALL = (
 DEEP = COUNT[:-1] + b',"prompt_tokens_details":{"cached":{"by":{"usage":null}}}}'
 
 
-def test_only_a_400_that_names_the_option_ends_running_counts(make_gate: MakeGate) -> None:
+def test_only_a_400_that_names_the_option_ends_running_counts(gate: Gate, user: User) -> None:
     """And for this request only."""
     words = [CONTEXT_ERROR, "stream_options: continuous_usage_stats is not permitted"]
 
     def say(upstream: UpstreamHandler, body: JSONObject) -> None:
         if "temperature" in body:
-            upstream.refuse(400, f"no number: {body['temperature']}", "BadRequestError", None)
+            upstream.refuse(400, f"no number: {body['temperature']}")
         elif words and "continuous_usage_stats" in body["stream_options"]:
-            upstream.refuse(400, words.pop(0), "BadRequestError", None)
+            upstream.refuse(400, words.pop(0))
         else:
             upstream.say_events(TEXT, LAST, USAGE, DONE)
 
-    with scripted_gate(make_gate, say) as gate:
-        user = register(gate)
-        hostile = chat(gate, user.key, stream=True, temperature="continuous_usage_stats")
-        assert hostile.status_code == 400
-        with chat(gate, user.key, stream=True) as answer:
-            assert (answer.status_code, answer.json()["error"]["message"]) == (400, CONTEXT_ERROR)
-        assert streamed(gate, user.key) == streamed(gate, user.key)
-        asked = [x.json()["stream_options"] for x in gate.upstream.asked()]
+    gate.upstream.say = say
+    hostile = chat(gate, user.key, stream=True, temperature="continuous_usage_stats")
+    assert hostile.status_code == 400
+    with chat(gate, user.key, stream=True) as answer:
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, CONTEXT_ERROR)
+    assert streamed(gate, user.key) == streamed(gate, user.key)
+    asked = [x.json()["stream_options"] for x in gate.upstream.asked()]
     wanted = ["continuous_usage_stats" in options for options in asked]
     assert wanted == [True, False, True, True, False, True]
 
@@ -2739,24 +2479,20 @@ STREAMS: dict[str, list[bytes]] = {
 }
 
 
-def test_usage_is_found_wherever_it_stands(make_gate: MakeGate) -> None:
+def test_usage_is_found_wherever_it_stands(gate: Gate, user: User) -> None:
     """Read for the row, shown to who asked; what a tool says of it stays, and [DONE] is the end."""
-    streams = iter([*STREAMS.values()] * 2)
-
-    def passed_on(event: bytes, asked: bool) -> JSONObject | None:
-        body = data(event.replace(b"data:{", b"data: {"))
-        if not asked or body["choices"] and not body["choices"][0].get("finish_reason"):
-            body.pop("usage", None)
-        return body if body["choices"] or asked else None
-
-    with scripted_gate(make_gate, lambda up, _: up.say_events(TEXT, *next(streams))) as gate:
-        user = register(gate)
-        for asked, (name, stream) in itertools.product((False, True), STREAMS.items()):
-            seen = streamed(gate, user.key, stream_options={"include_usage": asked})
-            assert (seen[0], seen[-1]) == (TEXT, DONE), name
-            said = stream[: stream.index(DONE)] if DONE in stream else stream
-            expected = [passed_on(event, asked) for event in said]
-            assert [json.loads(event[5:]) for event in seen[1:-1]] == list(filter(None, expected))
+    for asked, (name, stream) in itertools.product((False, True), STREAMS.items()):
+        gate.upstream.say = lambda handler, _: handler.say_events(TEXT, *stream)  # noqa: B023
+        seen = streamed(gate, user.key, stream_options={"include_usage": asked})
+        assert (seen[0], seen[-1]) == (TEXT, DONE), name
+        expected = []
+        for event in itertools.takewhile(lambda event: event != DONE, stream):
+            body = json.loads(event[5:])
+            if not asked or body["choices"] and not body["choices"][0].get("finish_reason"):
+                body.pop("usage", None)
+            expected += [body] if body["choices"] or asked else []
+        assert [json.loads(event[5:]) for event in seen[1:-1]] == expected, name
+    gate.settle()
     assert {(row.total, row.estimated, row.status) for row in gate.usage()} == {(13, 0, "ok")}
 
 
@@ -2873,9 +2609,9 @@ def test_answers_and_rows_are_vllms(make_gate: MakeGate) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_quota_ends_exactly(gate: Gate, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+def test_quota_ends_exactly(gate: Gate, endpoint: str) -> None:
     """The last answer is cut to what is left; no more than the context holds is ever asked for."""
-    monkeypatch.setattr(gate.upstream, "scale_out", True)
+    gate.upstream.scale_out = True
     bound = BOUND_NAMES.get(endpoint, "max_tokens")
     rich, user = register(gate), register(gate, token_limit=105)
     for most in (128_000, 32_000, MAX_MODEL_LEN) if endpoint in AGENTS else ():
@@ -2933,7 +2669,7 @@ LEFT = list(itertools.product(LEFT_MODELS, (True, False), (leave_with_fin, leave
 @pytest.mark.parametrize("scale_out", [True, False, None], ids=["scale-out", "off", "older vLLM"])
 @pytest.mark.parametrize("endpoint", ["completions", *ENDPOINTS])
 def test_request_that_is_left_ends_and_is_charged(
-    make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch, endpoint: str, scale_out: bool | None
+    make_gate: MakeGate, endpoint: str, scale_out: bool | None
 ) -> None:
     """To the token where vLLM can end it; else a stream to its last count or a marked estimate."""
     prompt = 20 if endpoint == "completions" else 10
@@ -2943,17 +2679,18 @@ def test_request_that_is_left_ends_and_is_charged(
         cases = [x for x in LEFT if (x[0] != "tool" or not told if x[1] else x[0] == "tool")]
     gate = make_gate(MAX_REQUESTS_PER_USER=str(len(cases)))
     user, upstream = register(gate), gate.upstream
-    monkeypatch.setattr(upstream, "scale_out", scale_out)
+    upstream.scale_out = scale_out
 
     def ask_and_leave(number: int) -> tuple[str, float, int]:
         model, stream, leave = cases[number]
         body = body_of(endpoint, model, stream=stream, seed=number)
         if endpoint == "chat/completions":
             body["n"] = 3
-        connection = socket.create_connection(gate.address, timeout=10)
+        connection = connected(gate)
         connection.sendall(raw_chat(user.key, body, endpoint))
         wait_until(lambda: any(x.json()["seed"] == number for x in upstream.asked()))
-        name = next(name for name, x in exchanges(gate).items() if x.json()["seed"] == number)
+        asked = next(x for x in upstream.asked() if x.json()["seed"] == number)
+        name = asked.headers["X-Request-Id"]
         if model == "prefill" or (model, stream) == ("silent", False):
             wait_until(after_seconds(0.25))
         else:
@@ -2984,9 +2721,9 @@ def test_request_that_is_left_ends_and_is_charged(
             assert row.prompt_tokens == 10 or endpoint != "messages" or model == "prefill", case
 
 
-def test_prompts_without_answers_are_charged(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_without_answers_are_charged(gate: Gate) -> None:
     """vLLM has read all of a list, but tells each prompt with its own answers only."""
-    monkeypatch.setattr(gate.upstream, "pace_s", 2.0)  # a second until the first one's token
+    gate.upstream.pace_s = 2.0  # a second until the first one's token
     body: JSONObject = {"model": "ok", "stream": True, "prompt": [[1] * 300, [2] * 400]}
     with relay(gate, register(gate).key, "completions", body) as running:
         next(stream_events(running))
@@ -2995,26 +2732,22 @@ def test_prompts_without_answers_are_charged(gate: Gate, monkeypatch: pytest.Mon
     assert row.prompt_tokens >= 700 and row.completion_tokens == 1
 
 
-def test_restarted_vllm_is_asked_anew(make_gate: MakeGate) -> None:
+def test_restarted_vllm_is_asked_anew(gate: Gate, user: User) -> None:
     """With --enable-scale-out now: the next row is exact."""
+    gate.expected_5xx, upstream = {502}, gate.upstream
 
     def leave(model: str = "slow") -> UsageRow:
         answer = relay(gate, user.key, "messages", body_of("messages", model, stream=True))
         answer.close()
         return gate.row(answer)
 
-    with Upstream() as before:
-        gate = make_gate(VLLM_ENDPOINT=before.url)
-        gate.expected_5xx, user = {502}, register(gate)
-        assert leave().estimated == 1
+    assert leave().estimated == 1
+    upstream.stop()
     assert chat(gate, user.key).status_code == 502
-    with Upstream(before.server_address[1]) as after:
-        after.scale_out = True
-        wait_until(lambda: leave("prefill").status == "aborted", 5)
-        assert leave().estimated == 0
-        gate.upstream = after
-        after.exchanges += before.exchanges
-        gate.settle()
+    upstream.scale_out = True
+    upstream.start()
+    wait_until(lambda: leave("prefill").status == "aborted", 5)
+    assert leave().estimated == 0
 
 
 def test_silent_stream_is_kept_alive(make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3034,18 +2767,18 @@ def test_silent_stream_is_kept_alive(make_gate: MakeGate, monkeypatch: pytest.Mo
             upstream.chunk(piece)
         upstream.wfile.write(b"0\r\n\r\n")
 
-    with scripted_gate(make_gate, say) as gate:
-        key = register(gate).key
-        answers = [relay(gate, key, name, body_of(name, stream=True)) for name in ENDPOINTS]
-        all_begun.wait(10)  # all headers are here, before any event can be
-        for endpoint, answer in zip(ENDPOINTS, answers, strict=True):
-            received = list(stream_events(answer))
-            said = [event for event in received if not event.startswith(b":")]
-            assert b"".join(said) == passed_on(gate, endpoint, answer)
-            assert received[0] not in said and 3 <= len(received) - len(said) <= 15
+    gate = make_gate()
+    gate.upstream.say, key = say, register(gate).key
+    answers = [relay(gate, key, name, body_of(name, stream=True)) for name in ENDPOINTS]
+    all_begun.wait(10)  # all headers are here, before any event can be
+    for endpoint, answer in zip(ENDPOINTS, answers, strict=True):
+        received = list(stream_events(answer))
+        said = [event for event in received if not event.startswith(b":")]
+        assert b"".join(said) == passed_on(gate, endpoint, answer)
+        assert received[0] not in said and 3 <= len(received) - len(said) <= 15
 
 
-def test_counting_is_free_and_bounded(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counting_is_free_and_bounded(gate: Gate) -> None:
     """Claude Code asks 24 times for /context: beside 16 relays, and even without a quota."""
     gate.expected_5xx, go_on = {503}, threading.Event()
     user, poor = register(gate), register(gate, token_limit=1)
@@ -3058,7 +2791,7 @@ def test_counting_is_free_and_bounded(gate: Gate, monkeypatch: pytest.MonkeyPatc
 
     running = [relay(gate, user.key, "messages", silent) for _ in range(16)]
     with ThreadPoolExecutor(24) as pool:
-        monkeypatch.setattr(gate.upstream, "say", count_late)
+        gate.upstream.say = count_late
         counts = [pool.submit(relay, gate, user.key, path, body) for _ in range(24)]
         wait_until(lambda: gate.upstream.running() == 16 + 24)
         refused(path, relay(gate, user.key, path, body), 503)  # for they hold 24 of 32 threads
@@ -3074,52 +2807,51 @@ def test_counting_is_free_and_bounded(gate: Gate, monkeypatch: pytest.MonkeyPatc
     counted = [x for x in gate.upstream.exchanges if x.path == COUNT_PATH]
     assert {x.json()["model"] for x in counted} == {"ok"}
     assert answers[-1].content == counted[-1].answer()
-    monkeypatch.undo()
+    gate.upstream.say = None
     for model, status in (("no-such", 404), (5, 400)):
         refused(path, relay(gate, user.key, path, body | {"model": model}), status)
     refused(path, relay(gate, "", path, body), 401)
 
 
-def test_configurations_of_all_clients_work(make_gate: MakeGate) -> None:
+def test_configurations_of_all_clients_work(make_gate: MakeGate, upstream: Upstream) -> None:
     """Whatever the model is called: they parse, and name the gate and the true context."""
     hostile = "we\"ird]\\/'mistral\x7f{x}\t#é"
     cases = [("llm-user-managed", "llm-user-managed=", ""), ('al"i\\as', 'al"i\\as=', "")]
     cases.append((hostile, "gone=no-such-model", "https://example.org/llm/"))
-    with Upstream() as other:
-        other.serves = frozenset({hostile})
-        for model, aliases, public in cases:
-            gate = make_gate(VLLM_ENDPOINT=other.url, MODEL_ALIASES=aliases, PUBLIC_URL=public)
-            gate.upstream, user, url = other, register(gate), public.rstrip("/") or gate.url
-            env = call(gate, "GET", "/claude.json", user.key).json()["env"]
-            models = [value for name, value in env.items() if name.endswith("_MODEL")]
-            assert models == [model] * 4
-            assert env["ANTHROPIC_BASE_URL"] == url
-            assert env["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == str(MAX_MODEL_LEN)
-            assert 0 < int(env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"]) < MAX_MODEL_LEN
-            config = tomllib.loads(call(gate, "GET", "/codex.toml", user.key).content.decode())
-            assert (config["model"], config["model_context_window"]) == (model, MAX_MODEL_LEN)
-            provider = config["model_providers"][config["model_provider"]]
-            assert provider["base_url"] == f"{url}/v1"
-            assert (provider["wire_api"], provider["env_key"]) == ("responses", "LLMGATE_API_KEY")
-            shown = call(gate, "GET", "/.well-known/opencode").json()
-            assert shown["auth"]["env"] == "LLMGATE_API_KEY"
-            for config in (call(gate, "GET", "/opencode.json", user.key).json(), shown["config"]):
-                ((name, provider),) = config["provider"].items()
-                assert provider["options"]["baseURL"] == f"{url}/v1"
-                assert provider["options"]["apiKey"] == "{env:LLMGATE_API_KEY}"
-                assert config["model"] in [f"{name}/{model}" for model in provider["models"]]
-                assert provider["models"][model].get("id", model) == hostile  # for its repairs
-            assert f"{url}/auth/register" in call(gate, "GET", "/").text
-            for endpoint in AGENTS:
-                asked = relay(gate, user.key, endpoint, body_of(endpoint, model))
-                assert gate.row(asked).model == hostile
-            for path in ("/claude.json", "/codex.toml", "/opencode.json"):
-                assert_error(call(gate, "GET", path), 401)
-            gate.settle()
+    upstream.listed = [listing(hostile)]
+    for model, aliases, public in cases:
+        gate = make_gate(MODEL_ALIASES=aliases, PUBLIC_URL=public)
+        user, url = register(gate), public.rstrip("/") or gate.url
+        env = call(gate, "GET", "/claude.json", user.key).json()["env"]
+        models = [value for name, value in env.items() if name.endswith("_MODEL")]
+        assert models == [model] * 4
+        assert env["ANTHROPIC_BASE_URL"] == url
+        assert env["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == str(MAX_MODEL_LEN)
+        assert 0 < int(env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"]) < MAX_MODEL_LEN
+        config = tomllib.loads(call(gate, "GET", "/codex.toml", user.key).content.decode())
+        assert (config["model"], config["model_context_window"]) == (model, MAX_MODEL_LEN)
+        provider = config["model_providers"][config["model_provider"]]
+        assert provider["base_url"] == f"{url}/v1"
+        assert (provider["wire_api"], provider["env_key"]) == ("responses", "LLMGATE_API_KEY")
+        shown = call(gate, "GET", "/.well-known/opencode").json()
+        assert shown["auth"]["env"] == "LLMGATE_API_KEY"
+        for config in (call(gate, "GET", "/opencode.json", user.key).json(), shown["config"]):
+            ((name, provider),) = config["provider"].items()
+            assert provider["options"]["baseURL"] == f"{url}/v1"
+            assert provider["options"]["apiKey"] == "{env:LLMGATE_API_KEY}"
+            assert config["model"] in [f"{name}/{model}" for model in provider["models"]]
+            assert provider["models"][model].get("id", model) == hostile  # for its repairs
+        assert f"{url}/auth/register" in call(gate, "GET", "/").text
+        for endpoint in AGENTS:
+            asked = relay(gate, user.key, endpoint, body_of(endpoint, model))
+            assert gate.row(asked).model == hostile
+        for path in ("/claude.json", "/codex.toml", "/opencode.json"):
+            assert_error(call(gate, "GET", path), 401)
+        gate.settle()
+    upstream.listed = [listing(name) for name in BEHAVIOURS]
     gate = make_gate(OPENCODE_DISCOVERY="off")  # for it shows models' names without a key
     assert_error(call(gate, "GET", "/.well-known/opencode"), 404)
     config = call(gate, "GET", "/opencode.json", user.key).json()
-    gate.upstream = other  # which made what is in the database
     (models,) = [provider["models"] for provider in config["provider"].values()]
     assert set(models) == {*BEHAVIOURS, "llm-user-managed"}
     for name, model in models.items():
@@ -3187,19 +2919,19 @@ TOLD: list[tuple[int, str, JSONObject, int, int]] = [  # limit, what is asked, t
 ]
 
 
-def test_true_count_is_charged_within_the_quota(make_gate: MakeGate) -> None:
+def test_true_count_is_charged_within_the_quota(gate: Gate) -> None:
     """Also above the claim, as with a chat template, or of a batch; an absurd one is no count."""
     counts, costs = iter([told for *_, told, _ in TOLD]), []
-    with scripted_gate(make_gate, lambda up, _: up.say_whole(next(counts), 1)) as gate:
-        for limit, endpoint, body, told, charged in TOLD:
-            answer = relay(gate, register(gate, token_limit=limit).key, endpoint, body)
-            assert answer.status_code == 200, answer.text
-            row, exact = gate.row(answer), told < charged
-            assert row.estimated == (not exact), (limit, endpoint)
-            assert row.total == charged or told == 10**30 and 0 < row.total <= MAX_MODEL_LEN
-            cost = rf"{row.prompt_tokens}\+{row.completion_tokens} tokens"
-            costs.append(f"{row.request_id} .* {cost}" + ("," if exact else r" \(estimated\),"))
-        wait_until(lambda: all(re.search(cost, gate.log.read_text()) for cost in costs))
+    gate.upstream.say = lambda handler, _: handler.say_whole(next(counts), 1)
+    for limit, endpoint, body, told, charged in TOLD:
+        answer = relay(gate, register(gate, token_limit=limit).key, endpoint, body)
+        assert answer.status_code == 200, answer.text
+        row, exact = gate.row(answer), told < charged
+        assert row.estimated == (not exact), (limit, endpoint)
+        assert row.total == charged or told == 10**30 and 0 < row.total <= MAX_MODEL_LEN
+        cost = rf"{row.prompt_tokens}\+{row.completion_tokens} tokens"
+        costs.append(f"{row.request_id} .* {cost}" + ("," if exact else r" \(estimated\),"))
+    wait_until(lambda: all(re.search(cost, gate.log.read_text()) for cost in costs))
 
 
 def test_prompt_is_counted_exactly_near_the_limit(gate: Gate) -> None:
@@ -3317,31 +3049,32 @@ LARGE: list[tuple[str, JSONObject]] = [
 ]
 
 
-def test_nothing_that_vllm_reads_escapes_the_count(make_gate: MakeGate) -> None:
+def test_nothing_that_vllm_reads_escapes_the_count(make_gate: MakeGate, upstream: Upstream) -> None:
     """What a template may render counts by its bytes; so does what no model sees as a picture."""
-    listed = {"id": "ok", "max_model_len": 131072}
     endpoint, pictured = with_picture("image_url", 1000)
     url = "data:image/png;base64," + PICTURE[:200_000]
     near = [chat_body(messages=user_says(url))]
     for other in NO_PICTURES:
         said = {"messages": [*pictured["messages"], other]} if "role" in other else other
         near.append(pictured | said)
-    with scripted_gate(make_gate, lambda up, _: up.say_whole(), listed) as gate:
-        user, rich = register(gate, token_limit=2000), register(gate, token_limit=20_000)
-        cases = [(rich, endpoint, body) for body in near]
-        for name, large in LARGE:
-            small = chat_body(max_tokens=1) if name == endpoint else {"model": "ok"}
-            cases.append((user, name, small | large))
-        for who, name, body in cases:
-            refused = relay(gate, who.key, name, body)
-            assert_error(refused, 429, "insufficient_quota")
-        assert gate.upstream.asked() == []
-        assert relay(gate, rich.key, endpoint, pictured).status_code == 200
-        assert chat(gate, user.key, reasoning_effort="low", max_tokens=5).status_code == 200
-        template = "{% for i in range(9999) %}x{% endfor %}"  # of few bytes: vLLM counts it
-        assert chat(gate, register(gate).key, chat_template=template).status_code == 200
-        got = [x.path for x in gate.upstream.exchanges if template.encode() in x.body]
-        assert got == ["/tokenize", "/v1/chat/completions"]
+    upstream.say = lambda handler, _: handler.say_whole()
+    upstream.listed = [{"id": "ok", "max_model_len": 131072}]
+    gate = make_gate()
+    user, rich = register(gate, token_limit=2000), register(gate, token_limit=20_000)
+    cases = [(rich, endpoint, body) for body in near]
+    for name, large in LARGE:
+        small = chat_body(max_tokens=1) if name == endpoint else {"model": "ok"}
+        cases.append((user, name, small | large))
+    for who, name, body in cases:
+        refused = relay(gate, who.key, name, body)
+        assert_error(refused, 429, "insufficient_quota")
+    assert gate.upstream.asked() == []
+    assert relay(gate, rich.key, endpoint, pictured).status_code == 200
+    assert chat(gate, user.key, reasoning_effort="low", max_tokens=5).status_code == 200
+    template = "{% for i in range(9999) %}x{% endfor %}"  # of few bytes: vLLM counts it
+    assert chat(gate, register(gate).key, chat_template=template).status_code == 200
+    got = [x.path for x in gate.upstream.exchanges if template.encode() in x.body]
+    assert got == ["/tokenize", "/v1/chat/completions"]
 
 
 MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answers, how many
@@ -3353,7 +3086,9 @@ MANY: list[tuple[str, JSONObject, int]] = [  # endpoint, what asks for many answ
 ]
 
 
-def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) -> None:
+def test_gate_asks_for_what_the_context_and_the_quota_hold(
+    make_gate: MakeGate, upstream: Upstream
+) -> None:
     """Never for more, which some servers refuse, nor less; of many answers each has the context."""
     asked: list[int] = []
     odd: list[Any] = [None, "ok", {"object": "model"}, {"id": 7}]  # without a name: passed over
@@ -3368,38 +3103,40 @@ def test_gate_asks_for_what_the_context_and_the_quota_hold(make_gate: MakeGate) 
     listed.append({"id": "ok", "max_model_len": MAX_MODEL_LEN})
     odd += [told, {"id": "lora", "parent": "told", "max_model_len": None}, untold]  # its parent's
     odd += [{"id": "odd", "max_model_len": "8", "parent": [1]}, listed[-1]]  # no number: not told
-    with scripted_gate(make_gate, say, *odd) as gate:
-        poor, rich = register(gate, token_limit=400_000), register(gate)
-        seen = call(gate, "GET", "/v1/models", rich.key).json()["data"]
-        assert seen == [*listed, {"id": "llm-user-managed", "max_model_len": 32768}]
-        limits = (50_000, 100_000, 115_000, 131_000, 1_000_000)
-        for limit, model in itertools.product(limits, ("told", "lora")):
-            key, said = register(gate, token_limit=limit).key, user_says("word" * 9007)
-            assert chat(gate, key, model, messages=said).status_code == 200
-        assert max(asked) <= 32768 - 9007
-        assert chat(gate, poor.key, "untold", max_tokens=550_000).status_code == 200
-        assert 9007 < asked[-1] < 400_000
-        for model in ("untold", "odd"):
-            assert chat(gate, rich.key, model, max_tokens=200_000).status_code == 200
-            assert asked[-1] == 200_000
-        gate.settle()
-        assert gate.tokens_used(rich) == 2 * 189_007  # all, though the prompt looked short
-        for (endpoint, body, answers), limit in itertools.product(MANY, (12_000, 1_000_000)):
-            user, case = register(gate, token_limit=limit), (endpoint, answers, limit)
-            answer = relay(gate, user.key, endpoint, body_of(endpoint, most=8000) | body)
-            if "prompt_embeds" in body and limit == 12_000:  # each may fill the context
-                assert_error(answer, 429, "insufficient_quota")
-                continue
-            assert answer.status_code == 200, answer.text
-            assert answers < answers * asked[-1] <= limit, case
-            longest = max(map(len, body.get("prompt", [""])))
-            assert limit < 10**6 or 500 < asked[-1] or longest == 8000, case
-            assert limit > 12_000 or asked[-1] + longest <= MAX_MODEL_LEN, case
-        no_prompts = {"prompt": [True, None]}  # which vLLM refuses
-        key, body = register(gate, token_limit=12_000).key, body_of("completions", most=8000)
-        assert relay(gate, key, "completions", body | no_prompts).status_code == 200
-        body |= {"max_tokens": None, "prompt": "a"}  # of which vLLM and OpenAI make 16
-        assert relay(gate, key, "completions", body).status_code == 200 and asked[-1] == 16
+    upstream.say = say
+    upstream.listed = odd
+    gate = make_gate()
+    poor, rich = register(gate, token_limit=400_000), register(gate)
+    seen = call(gate, "GET", "/v1/models", rich.key).json()["data"]
+    assert seen == [*listed, {"id": "llm-user-managed", "max_model_len": 32768}]
+    limits = (50_000, 100_000, 115_000, 131_000, 1_000_000)
+    for limit, model in itertools.product(limits, ("told", "lora")):
+        key, said = register(gate, token_limit=limit).key, user_says("word" * 9007)
+        assert chat(gate, key, model, messages=said).status_code == 200
+    assert max(asked) <= 32768 - 9007
+    assert chat(gate, poor.key, "untold", max_tokens=550_000).status_code == 200
+    assert 9007 < asked[-1] < 400_000
+    for model in ("untold", "odd"):
+        assert chat(gate, rich.key, model, max_tokens=200_000).status_code == 200
+        assert asked[-1] == 200_000
+    gate.settle()
+    assert gate.tokens_used(rich) == 2 * 189_007  # all, though the prompt looked short
+    for (endpoint, body, answers), limit in itertools.product(MANY, (12_000, 1_000_000)):
+        user, case = register(gate, token_limit=limit), (endpoint, answers, limit)
+        answer = relay(gate, user.key, endpoint, body_of(endpoint, most=8000) | body)
+        if "prompt_embeds" in body and limit == 12_000:  # each may fill the context
+            assert_error(answer, 429, "insufficient_quota")
+            continue
+        assert answer.status_code == 200, answer.text
+        assert answers < answers * asked[-1] <= limit, case
+        longest = max(map(len, body.get("prompt", [""])))
+        assert limit < 10**6 or 500 < asked[-1] or longest == 8000, case
+        assert limit > 12_000 or asked[-1] + longest <= MAX_MODEL_LEN, case
+    no_prompts = {"prompt": [True, None]}  # which vLLM refuses
+    key, body = register(gate, token_limit=12_000).key, body_of("completions", most=8000)
+    assert relay(gate, key, "completions", body | no_prompts).status_code == 200
+    body |= {"max_tokens": None, "prompt": "a"}  # of which vLLM and OpenAI make 16
+    assert relay(gate, key, "completions", body).status_code == 200 and asked[-1] == 16
 
 
 def test_counting_costs_vllm_little(make_gate: MakeGate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3633,7 +3370,7 @@ def test_answer_that_breaks_off_is_told_and_booked(make_gate: MakeGate) -> None:
     assert {(row.status, row.total) for row in kept if row.stream} == {("error", 13)}
 
 
-def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
+def test_request_that_vllm_never_answered_is_free(gate: Gate, user: User) -> None:
     """As behind a tunnel whose far end is down; but what comes with the break is shown, and counts.
 
     An event without an end does not fill the gate's memory.
@@ -3652,18 +3389,17 @@ def test_request_that_vllm_never_answered_is_free(make_gate: MakeGate) -> None:
         while body["user"] == "endless":
             upstream.chunk(b"x" * 65536)
 
-    with scripted_gate(make_gate, say) as gate:
-        gate.expected_5xx, user = {502}, register(gate)
-        for end, stream in itertools.product([*ends] * 3, (False, True)):
-            with chat(gate, user.key, stream=stream, user=end) as answer:
-                assert_error(answer, 502)
-        for end in ("torn", "endless"):
-            *events, last = streamed(gate, user.key, user=end)
-            assert events == [TEXT] * 3
-            assert data(last)["error"]["code"] == "upstream_error"
-        totals = Counter((row.status, row.total) for row in gate.usage())
-        assert totals == {("error", 0): 12, ("error", 13): 2}
-        assert len(gate.upstream.asked()[-1].answer()) < 40_000_000
+    gate.upstream.say, gate.expected_5xx = say, {502}
+    for end, stream in itertools.product([*ends] * 3, (False, True)):
+        with chat(gate, user.key, stream=stream, user=end) as answer:
+            assert_error(answer, 502)
+    for end in ("torn", "endless"):
+        *events, last = streamed(gate, user.key, user=end)
+        assert events == [TEXT] * 3
+        assert data(last)["error"]["code"] == "upstream_error"
+    totals = Counter((row.status, row.total) for row in gate.usage())
+    assert totals == {("error", 0): 12, ("error", 13): 2}
+    assert len(gate.upstream.asked()[-1].answer()) < 40_000_000
 
 
 def test_clients_that_leave_at_once_leave_nothing_reserved(make_gate: MakeGate) -> None:
@@ -4475,7 +4211,7 @@ def test_files_are_private_and_hold_no_secret(start_process: StartProcess, tmp_p
     gate.expected_5xx, user = {502}, register(gate)
     token = login(gate, user)
     key = replace_key(gate, token)
-    for model in ("ok", "e400", "e500", "nousage", "badusage", "die", "nope"):
+    for model in ("ok", "nousage", "badusage", "die", "nope"):
         for stream in (False, True):
             with chat(gate, key, model, stream=stream) as answer:
                 assert answer.content
@@ -4509,7 +4245,7 @@ def test_files_are_private_and_hold_no_secret(start_process: StartProcess, tmp_p
 
 
 GOOD_MODELS = ["ok", "lumpy", "echo", "paced", "badusage", "org/tiny", "llm-user-managed"]
-BAD_MODELS = ["e400", "e500", "die", "dieclean", "midstream", "nope"]
+BAD_MODELS = ["die", "dieclean", "midstream", "nope"]
 REFUSALS = ("insufficient_quota", "quota_reserved", "rate_limit_exceeded", "invalid_api_key")
 
 
@@ -5051,12 +4787,10 @@ def nginx(*gates: Gate) -> Iterator[Gate]:
             process.terminate()
 
 
-@contextlib.contextmanager
-def secured(edge: Gate) -> Iterator[socket.socket]:
-    """A raw connection to nginx, inside TLS."""
+def secured(edge: Gate) -> socket.socket:
+    """Return a raw connection to nginx, inside TLS."""
     context = ssl.create_default_context(cafile=cast(str, edge.verify))
-    with connected(edge) as plain, context.wrap_socket(plain, server_hostname="localhost") as made:
-        yield made
+    return context.wrap_socket(connected(edge), server_hostname="localhost")
 
 
 def test_gate_behind_nginx_is_as_good(start_process: StartProcess) -> None:
