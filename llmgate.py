@@ -818,7 +818,7 @@ class Claim:
         # What one choice may write: as asked for, or up to the model's context.
         asked = [whole_number(body, name, 0) for name in self.protocol.bounds]
         most = assumed_context if asked else 0
-        # (vLLM makes a token when it is asked for none, too.)
+        # vLLM makes a token when it is asked for none, too.
         most = max((number or 1 for number in asked if number is not None), default=most)
         self.output_bound = min(most, self.context)
         thinking = body.get("thinking") if endpoint == "messages" else None
@@ -869,7 +869,7 @@ class Claim:
         if room < len(self.prompts) or not self._countable or not is_near:
             return
         counted = None
-        with suppress(APIError):  # the relay says it, if no other server is there
+        with suppress(APIError):  # vLLM says why when it gets the request
             counted = self._counted(server, is_stopped)
         if counted is not None:
             self.prompt_bound = counted
@@ -1664,7 +1664,7 @@ class Relay:
         self.stream = body.get("stream") is True
         self.ids_at_vllm: list[str] = []  # by which its abort_requests knows this request
         self.meter: Meter | None = None  # None: the row is not written yet
-        self.exchange: Exchange | None = None  # vLLM has the request, or gets it now
+        self.exchange: Exchange | None = None  # with the server that gets the request
         self.stopped_by = ""  # LEFT or DRAINING
         self.status = "pending"
         self.counts = Counts()  # as booked last
@@ -1716,6 +1716,10 @@ class Relay:
         exchange = cast(Exchange, self.exchange)
         if self.stopped_by:
             raise APIError("draining", reason=self.stopped_by)
+        if not exchange.is_idle():  # vLLM ended it while the prompt was counted
+            exchange.hang_up()
+            exchange = self.watcher.upstreams.connect([exchange.server])
+            self.exchange = exchange
         if self.endpoint == "responses":
             body |= {"store": False, "request_id": f"resp_{self.request_id}"}
         sent = body
@@ -1826,10 +1830,10 @@ class Relay:
         What vLLM has written by then still comes, with its counts. Where it has no abort_requests, a
         plain request whose caller left runs to its end.
         """
-        while not self.exchange:
+        while not self.meter:  # vLLM does not have the request yet
             if self.ended.wait(0.02):
                 return
-        server = self.exchange.server
+        server = cast(Exchange, self.exchange).server
         give_up_at = time.monotonic() + ABORT_GRACE_S
         while time.monotonic() < give_up_at and server.abort(self.ids_at_vllm):
             if self.ended.wait(0.1):  # else again: the request may not have been there yet
@@ -1837,7 +1841,7 @@ class Relay:
         for how in (socket.SHUT_WR, socket.SHUT_RDWR):
             with self._lock:  # when it has ended, another may use the connection
                 if not self.ended.is_set() and (self.stream or self.stopped_by == DRAINING):
-                    self.exchange.shutdown(how)
+                    cast(Exchange, self.exchange).shutdown(how)
             if self.ended.wait(HANGUP_GRACE_S):
                 return
 
@@ -1849,7 +1853,7 @@ class Relay:
             self.status = "aborted" if self.stopped_by == LEFT else status
             self._note_time("duration_ms")
             if self.meter:
-                if self.exchange and DRAINING in (self.stopped_by, why):
+                if DRAINING in (self.stopped_by, why):
                     self.meter.answered = True  # vLLM was at work, though nothing of it was seen
                 self.counts = self.meter.counts(at_end=True)
             self.ended.set()

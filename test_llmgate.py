@@ -2257,6 +2257,18 @@ EXTRA = (  # fields that nobody knows yet, and whole numbers of any length
 )
 
 
+def test_connection_may_end_while_the_prompt_is_counted(gate: Gate) -> None:
+    """As vLLM ends one that was idle for 5 s: the request goes over another one."""
+    user = register(gate, token_limit=20_000)
+    assert chat(gate, user.key).status_code == 200  # whose connection is kept
+    gate.upstream.count_s = 10
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(chat, gate, user.key, messages=user_says("four" * 1000), max_tokens=5)
+        wait_until(lambda: gate.upstream.running() == 1)
+        gate.upstream.hang_up()
+        assert asked.result().status_code == 200
+
+
 def test_request_is_made_for_the_server_that_gets_it(
     make_gate: MakeGate, upstream: Upstream
 ) -> None:
