@@ -62,6 +62,7 @@ from dotenv.parser import parse_stream
 from flask import Blueprint, Flask, Response, current_app, g, request
 from flask_sqlalchemy import SQLAlchemy
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask
 from waitress.wasyncore import close_all, loop
 from werkzeug.exceptions import HTTPException
@@ -83,7 +84,7 @@ MODELS_TTL_S = 10  # after which the lists of models are fetched anew
 JWT_LEEWAY_S = 10  # how far the clocks of two gates may differ
 MAX_EVENT_BYTES = 16 << 20  # the last one of responses holds all of the answer
 MAX_ACCOUNT_BODY_BYTES = 64 << 10  # of /auth and /users
-MAX_JSON_VALUES = 1_000_000  # of a body; each takes up to 100 bytes of memory
+MAX_JSON_VALUES = 1_000_000  # commas and brackets of a body: each value takes some 100 bytes
 MAX_KEYS = 100  # live ones of a user
 MAX_BIGINT = 2**63 - 1
 TEMPLATE_TOKENS = 256  # what a chat template may add beyond the bytes of the JSON around it
@@ -961,8 +962,8 @@ class Meter:
     def __init__(self, claim: Claim) -> None:
         self._claim = claim
         options = claim.body.get("stream_options") or {}
-        self._show_last = bool(options.get("include_usage"))
-        self._show_all = self._show_last and bool(options.get("continuous_usage_stats"))
+        self._show_last = options.get("include_usage") is True
+        self._show_all = self._show_last and options.get("continuous_usage_stats") is True
         self.answered = False  # vLLM's answer has begun
         self.working_since: float | None = None  # monotonic: an event has shown that it generates
         self.complete = False  # the protocol's last event has come
@@ -1504,8 +1505,11 @@ class Upstreams(list[Upstream]):
         """Asks all servers for their models, side by side, unless that was done just now."""
         with self._refreshing:
             if time.monotonic() - self._refreshed_at > 1:
-                with ThreadPoolExecutor(len(self)) as pool:
-                    list(pool.map(Upstream.refresh, self))
+                asked = [threading.Thread(target=x.refresh, daemon=True) for x in self]
+                for thread in asked:
+                    thread.start()
+                for thread in asked:  # one that dribbles would be awaited for ever
+                    thread.join(2 * CONNECT_TIMEOUT_S)
                 self._refreshed_at = time.monotonic()
 
     def models(self) -> dict[str, JSONObject]:
@@ -1520,8 +1524,11 @@ class Upstreams(list[Upstream]):
 
     def resolve(self, model: str) -> str:
         """The served model that a name, an alias or an alias of one stands for."""
+        models = self.models()
         real = self.aliases.get(model, model)
-        return self.aliases.get(real, real) or next(iter(self.models()), model)
+        if real not in models:
+            real = self.aliases.get(real, real)
+        return real or next(iter(models), model)
 
     def public_models(self) -> dict[str, JSONObject]:
         """{id or alias: entry} as callers may see it; 502 while no server is up."""
@@ -1545,12 +1552,13 @@ class Upstreams(list[Upstream]):
             raise self.unavailable()
         raise APIError("model_not_found", "model", model=model[:200])
 
-    def connect(self, servers: list[Upstream]) -> Exchange:
-        """A connection to the first server that is there; 502."""
+    def first_there(self, servers: list[Upstream]) -> Upstream:
+        """The first server that takes a connection, which is kept for the request; 502."""
         for server in servers:
             exchange = server.connect()
             if exchange:
-                return exchange
+                server.idle.append(exchange)
+                return server
         raise self.unavailable()
 
     def unavailable(self) -> APIError:
@@ -1617,7 +1625,10 @@ def error_event(endpoint: str, error: APIError, request_id: str) -> bytes:
 # What OpenCode takes for a full context window, see part 2.
 MISREAD = re.compile(rb"(?i)token limit exceeded|too many tokens|exceeds the limit of")
 GENERATED_ANYWAY = {  # vLLM's 400 for an answer that is there, and that it cannot put into shape
-    "messages": re.compile(rb"validation errors? for AnthropicContentBlock|\(char \d+\)"),
+    "messages": re.compile(
+        rb"validation errors? for AnthropicContentBlock"
+        rb'|"message": ?"(?:Unterminated|Expecting|Invalid|Extra)[^"]*\(char \d+\)"'
+    ),
     "responses": re.compile(rb"validation errors? for ResponsesResponse"),
 }
 
@@ -1664,7 +1675,8 @@ class Relay:
         self.stream = body.get("stream") is True
         self.ids_at_vllm: list[str] = []  # by which its abort_requests knows this request
         self.meter: Meter | None = None  # None: the row is not written yet
-        self.exchange: Exchange | None = None  # with the server that gets the request
+        self.server: Upstream | None = None  # that gets the request
+        self.exchange: Exchange | None = None  # vLLM has the request, or gets it now
         self.stopped_by = ""  # LEFT or DRAINING
         self.status = "pending"
         self.counts = Counts()  # as booked last
@@ -1677,11 +1689,11 @@ class Relay:
         """vLLM's answer; 400, 404, 429, 502, 503, 504. `raw` is the body as it came."""
         try:
             running = list(self.watcher.running)
-            busy = [other.exchange.server for other in running if other.exchange]
-            upstreams = self.watcher.upstreams
-            self.exchange = upstreams.connect(upstreams.route(self.model, busy))
-            self._reserve(body, raw)
-            return self._read_answer(self._send(body))
+            busy = [other.server for other in running if other.server]
+            servers = self.watcher.upstreams.route(self.model, busy)
+            self.server = self.watcher.upstreams.first_there(servers)
+            self._reserve(self.server, body, raw)
+            return self._read_answer(self._send(self.server, body))
         except Exception as error:
             self.end("error", error.for_log if isinstance(error, APIError) else words_of(error))
             if self.exchange:
@@ -1690,10 +1702,9 @@ class Relay:
                 raise APIError("draining") from None
             raise
 
-    def _reserve(self, body: JSONObject, raw: bytes) -> None:
+    def _reserve(self, server: Upstream, body: JSONObject, raw: bytes) -> None:
         """Writes the row, and the bound of the output into the body; 400, 429."""
         user = self.user
-        server = cast(Exchange, self.exchange).server
         context = server.models.get(self.model, {}).get("max_model_len")
         claim = Claim(body, raw, self.endpoint, context)
         room = user.token_limit - user.tokens_used - user.tokens_reserved
@@ -1711,15 +1722,14 @@ class Relay:
             self.others_running = reserve(execute, user, claim, row, most, resets_at)
         self.meter = Meter(claim)
 
-    def _send(self, body: JSONObject, running_counts: bool = True) -> bytes:
+    def _send(self, server: Upstream, body: JSONObject, running_counts: bool = True) -> bytes:
         """Asks vLLM; the body of its answer if that is a 400. 502, 503, 504."""
-        exchange = cast(Exchange, self.exchange)
         if self.stopped_by:
             raise APIError("draining", reason=self.stopped_by)
-        if not exchange.is_idle():  # vLLM ended it while the prompt was counted
-            exchange.hang_up()
-            exchange = self.watcher.upstreams.connect([exchange.server])
-            self.exchange = exchange
+        exchange = server.connect()
+        if not exchange:
+            raise self.watcher.upstreams.unavailable()
+        self.exchange = exchange
         if self.endpoint == "responses":
             body |= {"store": False, "request_id": f"resp_{self.request_id}"}
         sent = body
@@ -1734,8 +1744,7 @@ class Relay:
         refusal = b"".join(exchange.pieces()) if exchange.response.status == 400 else b""
         if reports and running_counts and b"continuous_usage_stats" in refusal:
             exchange.hang_up()
-            self.exchange = self.watcher.upstreams.connect([exchange.server])
-            return self._send(body, running_counts=False)
+            return self._send(server, body, running_counts=False)
         return refusal
 
     def _read_answer(self, refusal: bytes) -> Response:
@@ -1830,10 +1839,10 @@ class Relay:
         What vLLM has written by then still comes, with its counts. Where it has no abort_requests, a
         plain request whose caller left runs to its end.
         """
-        while not self.meter:  # vLLM does not have the request yet
+        while not self.exchange:
             if self.ended.wait(0.02):
                 return
-        server = cast(Exchange, self.exchange).server
+        server = self.exchange.server
         give_up_at = time.monotonic() + ABORT_GRACE_S
         while time.monotonic() < give_up_at and server.abort(self.ids_at_vllm):
             if self.ended.wait(0.1):  # else again: the request may not have been there yet
@@ -1841,7 +1850,7 @@ class Relay:
         for how in (socket.SHUT_WR, socket.SHUT_RDWR):
             with self._lock:  # when it has ended, another may use the connection
                 if not self.ended.is_set() and (self.stream or self.stopped_by == DRAINING):
-                    cast(Exchange, self.exchange).shutdown(how)
+                    self.exchange.shutdown(how)
             if self.ended.wait(HANGUP_GRACE_S):
                 return
 
@@ -1853,7 +1862,7 @@ class Relay:
             self.status = "aborted" if self.stopped_by == LEFT else status
             self._note_time("duration_ms")
             if self.meter:
-                if DRAINING in (self.stopped_by, why):
+                if self.exchange and DRAINING in (self.stopped_by, why):
                     self.meter.answered = True  # vLLM was at work, though nothing of it was seen
                 self.counts = self.meter.counts(at_end=True)
             self.ended.set()
@@ -2237,10 +2246,9 @@ def count_tokens() -> Response:
     body = read_json()
     require_relayable(body, "messages")
     body["model"] = upstreams.resolve(body["model"])
-    exchange = upstreams.connect(upstreams.route(body["model"], []))
-    exchange.server.idle.append(exchange)  # it showed that the server is there
+    server = upstreams.first_there(upstreams.route(body["model"], []))
     with a_place(COUNTING, APIError("overloaded")):
-        answer = exchange.server.call("/v1/messages/count_tokens", body, 30)
+        answer = server.call("/v1/messages/count_tokens", body, 30)
     require_good_answer(answer.status_code, answer.headers)
     return plain_answer(answer.content, answer.status_code, answer.headers)
 
@@ -2553,10 +2561,22 @@ class JSONErrorTask(ErrorTask):
         super().execute()
 
 
+class Parser(HTTPRequestParser):
+    """A request; waitress lets urlsplit's ValueError end the connection without an answer."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Reads the request's head; refuses what cannot be its target."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError:
+            raise ParsingError("Bad URI") from None
+
+
 class Channel(HTTPChannel):
     """A connection whose errors are JSON."""
 
     error_task_class = JSONErrorTask
+    parser_class = Parser
 
     def send_continue(self) -> None:
         """Asks for the body, unless there is none or it is refused."""
@@ -2705,7 +2725,8 @@ def serve_all(settings: Settings, listening: socket.socket) -> None:
             if old:
                 log.warning("Process %d ended (%d); starting another.", number, old.exitcode)
                 time.sleep(1)  # it may be one that cannot live
-            gates[number] = fork.Process(target=serve, args=(settings, listening, number))
+            arguments = (settings, listening, number)
+            gates[number] = fork.Process(target=serve, args=arguments, daemon=True)
             gates[number].start()
         if signal.sigwait(awaited) != signal.SIGCHLD:
             break

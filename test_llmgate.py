@@ -2259,14 +2259,18 @@ EXTRA = (  # fields that nobody knows yet, and whole numbers of any length
 
 def test_connection_may_end_while_the_prompt_is_counted(gate: Gate) -> None:
     """As vLLM ends one that was idle for 5 s: the request goes over another one."""
-    user = register(gate, token_limit=20_000)
+    user, upstream = register(gate, token_limit=20_000), gate.upstream
+    wait_until(lambda: upstream.exchanges)  # the gate's own connection
+    others = set(upstream.connections)
     assert chat(gate, user.key).status_code == 200  # whose connection is kept
-    gate.upstream.count_s = 10
+    upstream.count_s = 0.5
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(chat, gate, user.key, messages=user_says("four" * 1000), max_tokens=5)
-        wait_until(lambda: gate.upstream.running() == 1)
-        gate.upstream.hang_up()
+        wait_until(lambda: upstream.running() == 1)
+        for kept in upstream.connections - others:
+            kept.shutdown(socket.SHUT_RDWR)
         assert asked.result().status_code == 200
+    assert [x.path for x in upstream.exchanges].count("/tokenize") == 1
 
 
 def test_request_is_made_for_the_server_that_gets_it(
@@ -4105,7 +4109,7 @@ ODDITIES = [
 ODD_METHODS = ["HEAD", "OPTIONS", "PUT", "TRACE", "get", "G%T", "CONNECT"]
 ODD_PATHS = [
     "*", "//health", "/%00", "/%0d%0aFORGED", "/%e2%80%a8/%1b[2J", "/health/", "/health;x", "/\xff",
-    "http://localhost/health", "/x" + "y" * 60000, "/v1", "/v1/../health", "/ FORGED",
+    "http://localhost/health", "http://[/health", "/x" + "y" * 60000, "/v1", "/v1/../health", "/ FORGED",
     "/users/usage?days=" + "9" * 900, "/users/usage?days=%00", "/users/usage?ascii&days=366", "/?%ff=%",
     "/v1/models/%ff%0d%0aFORGED", "/users/me/keys/" + "9" * 5000,
 ]  # fmt: skip
