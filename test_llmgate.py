@@ -1082,7 +1082,7 @@ class ProcessGate(Gate):
         pid = self.process.pid
         found = set()
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            with contextlib.suppress(FileNotFoundError):  # it was there a moment ago
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
                 if Path(f"/proc/{child}/cmdline").read_bytes():
                     found.add(int(child))
         return found
